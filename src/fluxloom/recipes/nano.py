@@ -1,0 +1,234 @@
+"""How nano was made: vocabulary, autoencoder, then text tower and transformer together. Each run is one typed value.
+
+    python -m fluxloom.recipes.nano vocabulary --out runs/nano
+    python -m fluxloom.recipes.nano autoencoder --out runs/nano --minutes 5
+    torchrun --nproc-per-node 4 -m fluxloom.recipes.nano train --out runs/nano --minutes 18
+    python -m fluxloom.recipes.nano export --out runs/nano
+
+The autoencoder's latent statistics go by hand into core/specs.py (``scale_factor``, ``shift_factor``): the row is the
+one place that knows them. Everything runs at toy size on a laptop with ``--toy``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxloom import world
+from fluxloom.core.autoencoder import Autoencoder
+from fluxloom.core.specs import MODELS, AutoencoderSpec, ModelSpec, TextSpec, TransformerSpec
+from fluxloom.core.text import SPECIALS, Tokenizer, split_words
+from fluxloom.train.autoencoder import AutoencoderRun, fit_autoencoder, latent_statistics
+from fluxloom.train.data import Chunks, DataSpec, to_unit
+from fluxloom.train.loop import Rank, RunSpec, Stage, Trainer
+from fluxloom.weights.load import build, digests, load_compact, part, save_compact
+
+NANO = MODELS["nano"]
+ASSETS = Path(__file__).parents[1] / "assets" / "nano"
+# One double block is the thinnest member of the family; width, heads and axes are the smallest that attention accepts.
+TOY = replace(
+    NANO,
+    transformer=TransformerSpec(
+        hidden_size=32,
+        num_heads=2,
+        axes_dim=(4, 6, 6),
+        depth=1,
+        depth_single_blocks=1,
+        context_in_dim=32,
+        vec_in_dim=32,
+    ),
+    autoencoder=AutoencoderSpec(ch=8, num_res_blocks=1, norm_groups=4, scale_factor=1.0, shift_factor=0.0),
+    text=replace(NANO.text or TextSpec(vocab_size=0), width=32, layers=1, heads=2),
+)
+
+
+def vocabulary() -> list[str]:
+    """Every word the world can say, single letters for signs, and pieces to spell what it cannot."""
+    counts: Counter[str] = Counter(word for text in world.vocabulary_texts() for word in split_words(text))
+    letters = [
+        *string.ascii_uppercase,
+        *string.digits,
+        *string.ascii_lowercase,
+        *(f"##{c}" for c in string.ascii_lowercase),
+    ]
+    endings = ["##s", "##es", "##ed", "##ing"]  # so that a plural the world never says still means its word
+    known = dict.fromkeys([*SPECIALS, *letters, *endings, *string.punctuation])
+    words = list(known) + sorted(word for word in counts if word not in known)
+    return words + [f"[SPARE{i}]" for i in range(-len(words) % 64)]
+
+
+def autoencoder_run(minutes: float | None = None) -> AutoencoderRun:
+    """3.9 M parameters; about 34 dB on held-out scenes after five minutes on one H200."""
+    return AutoencoderRun(
+        spec=NANO.autoencoder,
+        data=DataSpec(mix=world.Mix.scenes(), size=256, draws=32, edits=0),
+        batch=96,
+        crop=128,
+        steps=30_000,
+        minutes=minutes,
+    )
+
+
+def run(minutes: float | None = None) -> RunSpec:
+    """The whole training of text tower and transformer; batches are for each of four ranks."""
+    return RunSpec(
+        spec=NANO,
+        stages=(
+            # Large single objects at low resolution first: that is how a small model learns shapes (measured).
+            Stage(
+                until=0.22,
+                data=DataSpec(mix=world.Mix.objects(), size=128, draws=128, edits=48),
+                draws=512, edits=160, pool=8_192,
+            ),
+            Stage(
+                until=0.6,
+                data=DataSpec(mix=world.Mix.objects(), size=256, draws=64, edits=32),
+                draws=192, edits=96, pool=8_192,
+            ),
+            Stage(
+                until=1.0,
+                data=DataSpec(mix=world.Mix.scenes(), size=256, draws=64, edits=40),
+                draws=176, edits=112, pool=8_192,
+            ),
+        ),
+        steps=60_000,
+        minutes=minutes,
+        lr=2e-3,
+    )  # fmt: skip
+
+
+def toy_run(steps: int = 40) -> RunSpec:
+    """The same loop in seconds on a processor."""
+    data = DataSpec(mix=world.Mix.objects(), size=64, draws=4, edits=2)
+    stage = Stage(until=1.0, data=data, draws=8, edits=4, pool=16)
+    return RunSpec(
+        spec=TOY,
+        stages=(stage,),
+        steps=steps,
+        lr=3e-3,
+        warmup=5,
+        dtype=torch.float32,
+        compile=False,
+        workers=0,
+        log_every=5,
+    )
+
+
+def toy_autoencoder_run(steps: int = 40) -> AutoencoderRun:
+    data = DataSpec(mix=world.Mix.objects(), size=64, draws=8, edits=0)
+    return AutoencoderRun(
+        spec=TOY.autoencoder,
+        data=data,
+        batch=8,
+        crop=32,
+        steps=steps,
+        workers=0,
+        dtype=torch.float32,
+        compile=False,
+    )
+
+
+def _save_vocabulary(out: Path) -> Path:
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "vocab.txt"
+    path.write_text("\n".join(vocabulary()) + "\n", "utf-8")
+    return path
+
+
+def _tokenizer(out: Path, spec: ModelSpec) -> Tokenizer:
+    path = out / "vocab.txt" if (out / "vocab.txt").exists() else ASSETS / "vocab.txt"
+    return Tokenizer(path.read_text("utf-8").splitlines(), spec.text.max_length if spec.text else 0)
+
+
+def make_autoencoder(out: Path, spec: AutoencoderRun) -> dict[str, float]:
+    """Train the autoencoder, write it to ``out/autoencoder`` and return its latent statistics and quality."""
+    rank = Rank.find()
+    model = fit_autoencoder(
+        spec,
+        rank.device,
+        log=lambda row: print(json.dumps({k: round(v, 4) for k, v in row.items()}), flush=True),
+    )
+    save_compact({f"autoencoder.{k}": v for k, v in model.state_dict().items()}, out / "autoencoder", default="float16")
+    unseen = Chunks(
+        replace(spec.data, draws=min(64, 4 * spec.data.draws)), Tokenizer(SPECIALS, 1), spec.seed + 1, 0, 0, 1
+    )[0]
+    x = to_unit(unseen["draw.image"], torch.device("cpu"))
+    scale, shift = latent_statistics(model, x)
+    with torch.no_grad():
+        error = (model.decoder(model.moments(x)[0]).clamp(-1, 1) - x).square().mean(dim=(1, 2, 3))
+    psnr = 10 * torch.log10(4 / error)
+    facts = {
+        "scale_factor": scale,
+        "shift_factor": shift,
+        "psnr": float(psnr.mean()),
+        "psnr_p10": float(psnr.quantile(0.1)),
+    }
+    (out / "autoencoder" / "facts.json").write_text(json.dumps(facts))
+    return facts
+
+
+def load_autoencoder(folder: Path, spec: AutoencoderSpec) -> Autoencoder:
+    """The autoencoder of an earlier ``make_autoencoder``, or of the shipped model."""
+    state = load_compact(sorted(folder.glob("*.safetensors")))
+    return build(lambda: Autoencoder(spec), part(state, "autoencoder"))
+
+
+def fit(out: Path, spec: RunSpec, start_from: Path | None = None) -> list[dict[str, float]]:
+    """Train text tower and transformer; rank 0 writes the averaged weights to ``out/model`` as it goes."""
+    home = out / "autoencoder" if (out / "autoencoder").exists() else ASSETS
+    trainer = Trainer(spec, load_autoencoder(home, spec.spec.autoencoder), _tokenizer(out, spec.spec), out)
+    if start_from is not None:
+        trainer.optimiser.start_from(load_compact(sorted(start_from.glob("*.safetensors"))))
+    return trainer.fit(save=lambda t: _save_weights(t.optimiser.weights(), out))
+
+
+def _save_weights(weights: dict[str, Tensor], out: Path) -> None:
+    save_compact(weights, out / "model", default="int8")  # 0.1 % more loss, and small enough to carry and resume from
+
+
+def export(out: Path, assets: Path, facts: dict[str, Any]) -> None:
+    """Shards, vocabulary and card as the package ships them: transformer and text in 6 bits, the autoencoder in 8."""
+    state = load_compact(sorted((out / "model").glob("*.safetensors")))
+    state |= load_compact(sorted((out / "autoencoder").glob("*.safetensors")))
+    files = save_compact(state, assets, default="int6", overrides={"autoencoder.": "int8"})
+    (assets / "vocab.txt").write_bytes((out / "vocab.txt").read_bytes())
+    files.append(assets / "vocab.txt")
+    card = {"name": "nano", "recipe": "fluxloom.recipes.nano", "date": datetime.date.today().isoformat(),
+            "parameters": sum(t.numel() for t in state.values()), **facts, "files": digests(files)}  # fmt: skip
+    (assets / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="fluxloom.recipes.nano", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=["vocabulary", "autoencoder", "train", "export"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, help="end by the clock")
+    parser.add_argument("--start-from", type=Path, help="folder of compact weights to go on from")
+    parser.add_argument("--assets", type=Path, default=ASSETS, help="where export writes")
+    parser.add_argument("--facts", type=json.loads, default={}, help="what else the model card should say, as JSON")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, seconds on a processor")
+    args = parser.parse_args(arguments)
+    if args.what == "vocabulary":
+        print(_save_vocabulary(args.out))
+    elif args.what == "autoencoder":
+        print(
+            json.dumps(make_autoencoder(args.out, toy_autoencoder_run() if args.toy else autoencoder_run(args.minutes)))
+        )
+    elif args.what == "train":
+        fit(args.out, toy_run() if args.toy else run(args.minutes), args.start_from)
+    else:
+        export(args.out, args.assets, args.facts)
+
+
+if __name__ == "__main__":
+    main()
