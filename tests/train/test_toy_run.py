@@ -48,9 +48,7 @@ def test_resume_is_exact(tokenizer: Tokenizer, tmp_path: Path) -> None:
     whole.fit()
 
     first = trainer(run, tokenizer, tmp_path)
-    first.run = replace(run, steps=7)
-    first.fit()
-    first.run = run
+    first.fit(until=7)
     torch.save(first.state_dict(), tmp_path / "state.pt")
     second = trainer(run, tokenizer, tmp_path)
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -65,8 +63,8 @@ def test_resume_without_moments_is_not_exact(tokenizer: Tokenizer, tmp_path: Pat
     run = nano.toy_run(steps=12)
     whole, second = trainer(run, tokenizer, tmp_path), trainer(run, tokenizer, tmp_path)
     whole.fit()
-    first = trainer(replace(run, steps=7), tokenizer, tmp_path)
-    first.fit()
+    first = trainer(run, tokenizer, tmp_path)
+    first.fit(until=7)
     second.optimiser.start_from(first.optimiser.weights())
     second.step = 7
     second.fit()

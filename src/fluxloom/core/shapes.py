@@ -64,7 +64,7 @@ def nearest_size(width: int, height: int, sizes: Iterable[tuple[int, int]]) -> t
 
 def fit_size(width: int, height: int, multiple: int, min_side: int, max_area: int) -> tuple[int, int]:
     """An allowed (w, h) of about the same aspect: scaled into the limits, sides rounded to ``multiple``."""
-    scale = min(1.0, (max_area / (width * height)) ** 0.5)
+    scale = min(max(1.0, min_side / min(width, height)), (max_area / (width * height)) ** 0.5)
     sides = [max(min_side, round(side * scale / multiple) * multiple) for side in (width, height)]
     while sides[0] * sides[1] > max_area and max(sides) > min_side:  # rounding up may overshoot
         sides[sides.index(max(sides))] -= multiple

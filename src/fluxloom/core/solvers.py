@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import log
+from math import copysign, isfinite, log
 from types import MappingProxyType
 
 from torch import Tensor
 
 from fluxloom.core.flow import estimate_x0
+from fluxloom.errors import Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,30 +112,29 @@ def ab2(x: Tensor, times: Times) -> Run:
 
 
 def dpmpp_2m(x: Tensor, times: Times) -> Run:
-    """DPM-Solver++(2M) (Lu et al. 2022) for the straight path: exponential integrator on the estimate of x0,
-    second order, one evaluation a step. With alpha = 1 - t, sigma = t, lambda = log(alpha / sigma)."""
-    x0_last, h_last = None, 0.0
+    """DPM-Solver++(2M) (Lu et al. 2022): second order, one evaluation a step. An exponential integrator in
+    lambda = log((1 - t) / t), which on the straight path is Euler plus a correction by the change of x0."""
+    x0_last, h_last = x, 0.0
     for i, (t, t_next) in enumerate(_pairs(times)):
         v = yield Need(x, t)
         x0 = estimate_x0(x, v, t)
-        if t_next <= 0 or t >= 1:  # lambda is infinite at either end; Euler is exact for a constant x0
-            x = x + (t_next - t) * v
-            x0_last = None
-        else:
-            h = log((1 - t_next) / t_next) - log((1 - t) / t)
-            guess = x0 if x0_last is None else x0 + h / (2 * h_last) * (x0 - x0_last)
-            x = t_next / t * x + (1 - t_next - t_next / t * (1 - t)) * guess
-            x0_last, h_last = x0, h
+        inside = min(t, t_next) > 0 and max(t, t_next) < 1  # lambda is infinite at the ends: no correction there
+        h = log((1 - t_next) / t_next) - log((1 - t) / t) if inside else 0.0
+        x = x + (t_next - t) * v
+        if h_last:
+            x = x + (1 - t_next / t) * h / (2 * h_last) * (x0 - x0_last)
+        x0_last, h_last = x0, h
         yield Took(i, len(times) - 1, t_next, x, x0)
     return x
 
 
 def adaptive(x: Tensor, times: Times, tolerance: float = 0.02) -> Run:
     """Bogacki-Shampine 3(2): third order, three evaluations a step (first same as last). Steps are chosen so
-    that the embedded error stays under ``tolerance`` times the size of x; ``times`` gives both ends and the
-    first step."""
+    that the embedded error stays under ``tolerance`` times the size of x, but not under a thousandth of the
+    way; ``times`` gives both ends and the first step."""
     t, end = times[0], times[-1]
     dt = times[1] - times[0]
+    smallest = abs(end - t) / 1000  # rounding in the velocity may keep the error above any tolerance
     k1 = yield Need(x, t)
     index = 0
     while t != end:
@@ -146,12 +146,15 @@ def adaptive(x: Tensor, times: Times, tolerance: float = 0.02) -> Run:
         k4 = yield Need(x_next, t_next)
         error = dt * (-5 / 72 * k1 + k2 / 12 + k3 / 9 - k4 / 8)
         ratio = float(error.norm() / (tolerance * x_next.norm().clamp_min(1e-8)))
-        if ratio <= 1:
+        if not isfinite(ratio):
+            raise Failure(f"got a velocity that is not finite near t = {t:.4f}; try another solver or dtype")
+        if ratio <= 1 or abs(dt) <= smallest:
             x0 = estimate_x0(x, k1, t)
             x, t, k1 = x_next, t_next, k4
             yield Took(index, None, t, x, x0)
             index += 1
         dt *= min(4.0, max(0.25, 0.9 * max(ratio, 1e-8) ** (-1 / 3)))
+        dt = copysign(max(abs(dt), smallest), end - t)
     return x
 
 

@@ -136,12 +136,12 @@ _NANO = ModelSpec(
         vec_in_dim=256,
     ),
     # 8 groups: 32 would be instance normalisation at this width (4 channels a group at official size).
-    autoencoder=AutoencoderSpec(ch=32, num_res_blocks=1, norm_groups=8, scale_factor=1.0, shift_factor=0.0),
-    text=TextSpec(vocab_size=2048),
+    autoencoder=AutoencoderSpec(ch=32, num_res_blocks=1, norm_groups=8, scale_factor=0.6805, shift_factor=-0.0015),
+    text=TextSpec(vocab_size=1536),
     tasks=MappingProxyType(
         {
-            "generate": TaskDefaults(steps=16, guidance=1.0, true_cfg=3.5, size=(256, 256)),
-            "edit": TaskDefaults(steps=12, guidance=1.0, true_cfg=1.5, size=(256, 256)),
+            "generate": TaskDefaults(steps=12, guidance=1.0, true_cfg=3.5, solver="dpmpp_2m", size=(256, 256)),
+            "edit": TaskDefaults(steps=10, guidance=1.0, true_cfg=2.0, solver="dpmpp_2m", size=(256, 256)),
         }
     ),
     text_length=48,

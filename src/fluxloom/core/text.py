@@ -51,6 +51,7 @@ class Tokenizer:
             raise ValueError(f"got a vocabulary that begins with {vocabulary[:3]}; need {SPECIALS} first")
         self.index = {piece: i for i, piece in enumerate(vocabulary)}
         self.max_length = max_length
+        self._longest = max(map(len, vocabulary))
 
     def pieces(self, text: str) -> list[str]:
         """All pieces of a text, before padding or cutting."""
@@ -74,7 +75,8 @@ class Tokenizer:
         start = 0
         while start < len(word):
             mark = "##" if start else ""
-            ends = (end for end in range(len(word), start, -1) if mark + word[start:end] in self.index)
+            limit = min(len(word), start + self._longest)  # without it, cubic in the length of the word
+            ends = (end for end in range(limit, start, -1) if mark + word[start:end] in self.index)
             end = next(ends, 0)
             if not end:
                 return ["[UNK]"]

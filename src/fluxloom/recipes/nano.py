@@ -31,7 +31,7 @@ from fluxloom.core.text import SPECIALS, Tokenizer, split_words
 from fluxloom.train.autoencoder import AutoencoderRun, fit_autoencoder, latent_statistics
 from fluxloom.train.data import Chunks, DataSpec, to_unit
 from fluxloom.train.loop import Rank, RunSpec, Stage, Trainer
-from fluxloom.weights.load import build, digests, load_compact, part, save_compact
+from fluxloom.weights.load import build, load_compact, part, save_card, save_compact
 
 NANO = MODELS["nano"]
 ASSETS = Path(__file__).parents[1] / "assets" / "nano"
@@ -72,8 +72,6 @@ def autoencoder_run(minutes: float | None = None) -> AutoencoderRun:
     return AutoencoderRun(
         spec=NANO.autoencoder,
         data=DataSpec(mix=world.Mix.scenes(), size=256, draws=32, edits=0),
-        batch=96,
-        crop=128,
         steps=30_000,
         minutes=minutes,
     )
@@ -87,23 +85,23 @@ def run(minutes: float | None = None) -> RunSpec:
             # Large single objects at low resolution first: that is how a small model learns shapes (measured).
             Stage(
                 until=0.22,
-                data=DataSpec(mix=world.Mix.objects(), size=128, draws=128, edits=48),
+                data=DataSpec(mix=world.Mix.objects(), size=128, draws=64, edits=64),
                 draws=512, edits=160, pool=8_192,
             ),
             Stage(
                 until=0.6,
-                data=DataSpec(mix=world.Mix.objects(), size=256, draws=64, edits=32),
+                data=DataSpec(mix=world.Mix.objects(), size=256, draws=48, edits=48),
                 draws=192, edits=96, pool=8_192,
             ),
             Stage(
                 until=1.0,
-                data=DataSpec(mix=world.Mix.scenes(), size=256, draws=64, edits=40),
-                draws=176, edits=112, pool=8_192,
+                data=DataSpec(mix=world.Mix.scenes(), size=256, draws=48, edits=48),
+                draws=192, edits=96, pool=8_192,
             ),
         ),
         steps=60_000,
         minutes=minutes,
-        lr=2e-3,
+        lr=1.5e-3,
     )  # fmt: skip
 
 
@@ -129,8 +127,6 @@ def toy_autoencoder_run(steps: int = 40) -> AutoencoderRun:
     return AutoencoderRun(
         spec=TOY.autoencoder,
         data=data,
-        batch=8,
-        crop=32,
         steps=steps,
         workers=0,
         dtype=torch.float32,
@@ -189,7 +185,9 @@ def fit(out: Path, spec: RunSpec, start_from: Path | None = None) -> list[dict[s
     trainer = Trainer(spec, load_autoencoder(home, spec.spec.autoencoder), _tokenizer(out, spec.spec), out)
     if start_from is not None:
         trainer.optimiser.start_from(load_compact(sorted(start_from.glob("*.safetensors"))))
-    return trainer.fit(save=lambda t: _save_weights(t.optimiser.weights(), out))
+    losses = trainer.fit(save=lambda t: _save_weights(t.optimiser.weights(), out))
+    trainer.rank.leave()
+    return losses
 
 
 def _save_weights(weights: dict[str, Tensor], out: Path) -> None:
@@ -200,12 +198,11 @@ def export(out: Path, assets: Path, facts: dict[str, Any]) -> None:
     """Shards, vocabulary and card as the package ships them: transformer and text in 6 bits, the autoencoder in 8."""
     state = load_compact(sorted((out / "model").glob("*.safetensors")))
     state |= load_compact(sorted((out / "autoencoder").glob("*.safetensors")))
-    files = save_compact(state, assets, default="int6", overrides={"autoencoder.": "int8"})
+    save_compact(state, assets, default="int6", overrides={"autoencoder.": "int8"})
     (assets / "vocab.txt").write_bytes((out / "vocab.txt").read_bytes())
-    files.append(assets / "vocab.txt")
-    card = {"name": "nano", "recipe": "fluxloom.recipes.nano", "date": datetime.date.today().isoformat(),
-            "parameters": sum(t.numel() for t in state.values()), **facts, "files": digests(files)}  # fmt: skip
-    (assets / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    count = sum(tensor.numel() for tensor in state.values())
+    date = datetime.date.today().isoformat()
+    save_card(assets, NANO.name, {"recipe": "fluxloom.recipes.nano", "date": date, "parameters": count, **facts})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,19 +12,16 @@ from torch import Tensor
 
 from fluxloom.core.autoencoder import Autoencoder, sample_posterior
 from fluxloom.core.specs import AutoencoderSpec
-from fluxloom.core.text import Tokenizer
+from fluxloom.core.text import SPECIALS, Tokenizer
 from fluxloom.train.data import Chunks, DataSpec, load_chunks, to_unit
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderRun:
-    """A run: pictures of the world, ``batch`` a step, cut to ``crop`` pixels but in the last quarter, when the
-    statistics of whole pictures are learned."""
+    """A run on pictures of the world, one chunk a step."""
 
     spec: AutoencoderSpec
     data: DataSpec
-    batch: int
-    crop: int
     steps: int
     minutes: float | None = None
     lr: float = 2e-3
@@ -61,11 +58,8 @@ def fit_autoencoder(
     if run.compile:
         model.encoder.compile()
         model.decoder.compile()
-    per_step = -(-run.batch // run.data.draws)
-    chunks = load_chunks(
-        Chunks(run.data, Tokenizer(("[PAD]", "[CLS]", "[UNK]"), 1), run.seed, 0, 0, run.steps * per_step),
-        run.workers,
-    )
+    unread = Tokenizer(SPECIALS, 1)  # a chunk has captions, which are not looked at here
+    chunks = load_chunks(Chunks(run.data, unread, run.seed, 0, 0, run.steps), run.workers)
     start = time.monotonic()
     for step in range(run.steps):
         share = max(step / run.steps, (time.monotonic() - start) / (60 * run.minutes) if run.minutes else 0.0)
@@ -73,8 +67,7 @@ def fit_autoencoder(
             break
         for group in optimiser.param_groups:
             group["lr"] = run.lr * min(1.0, (step + 1) / 200, (1 - share) / 0.5)
-        x = to_unit(torch.cat([next(chunks)["draw.image"] for _ in range(per_step)]), device)[: run.batch]
-        x = _crop(x, run.crop, step) if share < 0.75 else x[: max(1, run.batch * run.crop**2 // x.shape[-1] ** 2)]
+        x = to_unit(next(chunks)["draw.image"], device)
         with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
             mean, logvar = model.moments(x.contiguous(memory_format=torch.channels_last))
             out = model.decoder(sample_posterior(mean.float(), logvar.float()))
@@ -88,20 +81,13 @@ def fit_autoencoder(
             torch._foreach_lerp_(average, list(model.parameters()), 1 - min(run.ema, (1 + step) / (10 + step)))
         if log is not None and step % 100 == 0:
             error = F.mse_loss(out.detach().float().clamp(-1, 1), x)
-            log({"step": step, "loss": float(rebuilt), "kl": float(kl), "psnr": float(10 * torch.log10(4 / error)),
+            log({"step": step, "loss": float(rebuilt.detach()), "kl": float(kl.detach()), "psnr": float(10 * torch.log10(4 / error)),
                  "seconds": time.monotonic() - start})  # fmt: skip
     with torch.no_grad():
         torch._foreach_copy_(list(model.parameters()), average)
     finished = Autoencoder(run.spec)
     finished.load_state_dict(model.state_dict())
     return finished.eval()
-
-
-def _crop(x: Tensor, size: int, step: int) -> Tensor:
-    """The same random window of all pictures."""
-    span = x.shape[-1] - size
-    top, left = (step * 7919) % (span + 1), (step * 104_729) % (span + 1)
-    return x[..., top : top + size, left : left + size]
 
 
 @torch.no_grad()

@@ -74,8 +74,8 @@ class Chunks(Dataset[Chunk]):
         for _ in range(spec.edits):
             edit = world.sample_edit(rng, spec.mix)
             pair = world.render_edit(edit, spec.size)
-            sources.append(pair.source)
-            targets.append(pair.target)
+            sources.append(pair.source.pixels)
+            targets.append(pair.target.pixels)
             changed = np.where(token_any(pair.change), spec.change_weight, 1.0).astype(np.float16)
             # An edit that redraws most of the picture says nothing by its mask: fall back to equal weights.
             weights.append(changed if pair.change.mean() < 0.6 else np.ones_like(changed))
@@ -115,6 +115,14 @@ def load_chunks(chunks: Chunks, workers: int) -> Iterator[Chunk]:
     return iter(loader)
 
 
+def warm_atlas() -> None:
+    """Decode every sprite once, before worker processes fork and share them."""
+    atlas = world.load_atlas()
+    for key, concept in atlas.concepts.items():
+        for style in concept.pixels:
+            atlas.sprite(key, style, None)
+
+
 def _one_thread(_worker: int) -> None:
     import cv2
 
@@ -143,7 +151,7 @@ class Pool:
             if not fresh:
                 continue
             count = len(fresh[f"{kind}.image"])
-            slots = (torch.arange(count) + self.written[kind]).remainder(self.capacity).to(self.device)
+            slots = (torch.arange(count, device=self.device) + self.written[kind]).remainder(self.capacity)
             for name, value in fresh.items():
                 on_device = (
                     self.encode(to_unit(value, self.device)) if value.dtype == torch.uint8 else value.to(self.device)

@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fluxloom import world
 from fluxloom.core.autoencoder import Autoencoder
 from fluxloom.core.specs import ModelSpec
 from fluxloom.core.text import Tokenizer
-from fluxloom.train.data import Chunk, Chunks, DataSpec, Pool, load_chunks
+from fluxloom.train.data import Chunk, Chunks, DataSpec, Pool, load_chunks, warm_atlas
 from fluxloom.train.model import Trainee, flow_loss
 from fluxloom.train.optim import Optimiser
 
@@ -54,7 +53,7 @@ class RunSpec:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0
-    ema: float = 0.9995
+    ema: float = 0.999
     warmup: int = 300
     decay_from: float = 0.6  # of the run; the rate falls linearly to zero from there
     dropout: float = 0.1
@@ -85,6 +84,12 @@ class Rank:
         if count > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(index, count, device)
+
+    def leave(self) -> None:
+        """After the last step."""
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
 
 
 def rate_at(progress: float, step: int, run: RunSpec) -> float:
@@ -126,18 +131,20 @@ class Trainer:
         )
         if run.compile:
             compile_blocks(self.model)
-            self.autoencoder.encoder.compile()
+            self.autoencoder.encoder.compile(dynamic=False)  # chunks have one size a stage
         self.empty = torch.tensor(tokenizer.encode(""), device=self.rank.device)
         self.step = 0
         self.losses: list[dict[str, float]] = []
 
-    def fit(self, save: Callable[[Trainer], None] | None = None) -> list[dict[str, float]]:
-        """Run to the end; ``save`` is called on rank 0 now and then, and at the end. Returns the logged losses."""
+    def fit(self, save: Callable[[Trainer], None] | None = None, until: int | None = None) -> list[dict[str, float]]:
+        """Run to the end, or until a step; ``save`` is called on rank 0 now and then, and at the end. Returns the
+        logged losses."""
         progress = Progress(self.run, self.rank)
         saved = time.monotonic()
         stage: Stage | None = None
         seconds = time.monotonic()
-        while self.step < self.run.steps and (share := progress.at(self.step)) < 1.0:
+        last = self.run.steps if until is None else min(until, self.run.steps)
+        while self.step < last and (share := progress.at(self.step)) < 1.0:
             now = next(s for s in self.run.stages if share < s.until or s is self.run.stages[-1])
             if now is not stage:
                 stage = now
@@ -221,7 +228,7 @@ class Feed:
         ring = math.ceil(stage.pool / min(n for n in (data.draws, data.edits) if n)) if stage.pool else 0
         first = max(0, chunks_by_now - ring)
         count = run.steps // stage.refresh + first_fill + 1 - first
-        world.load_atlas()  # before the workers fork, so that they share it
+        warm_atlas()
         self.pool = Pool(stage.pool, trainer.encode, rank.device)
         # Slots are a function of the samples ever written, so a resumed ring is the same ring.
         self.pool.written = {"draw": first * data.draws, "edit": first * data.edits}
@@ -242,5 +249,4 @@ def compile_blocks(model: Trainee) -> None:
     """Compile what repeats, once for all repetitions of a kind: quick to start, nearly as fast as the whole."""
     for blocks in (model.text.blocks, model.transformer.double_blocks, model.transformer.single_blocks):
         for block in blocks:
-            block.compile()
-    model.transformer.final_layer.compile()
+            block.compile(dynamic=True)  # one graph for drawing and editing at all sizes

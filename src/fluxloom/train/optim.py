@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def is_hidden_matrix(name: str, p: Tensor) -> bool:
-    """Whether Muon is meant for it: a matrix inside the blocks, but no modulation (measured: those do better on AdamW)."""
+    """Whether Muon is meant for it: a matrix inside the blocks, but no modulation, which does better on AdamW."""
     return p.ndim == 2 and "blocks." in name and "mod" not in name
 
 
@@ -56,7 +56,8 @@ class Optimiser:
     def step(self, rate: float, step: int) -> Tensor:
         """One update at ``rate`` times the base learning rate; returns the gradient norm, still on the device."""
         if dist.is_initialized():
-            dist.all_reduce(self.gradient, op=dist.ReduceOp.AVG)
+            dist.all_reduce(self.gradient)
+            self.gradient.div_(dist.get_world_size())
         self.master_gradient.copy_(self.gradient)
         norm: Tensor = self.master_gradient.norm()
         self.master_gradient.mul_((self.clip / (norm + 1e-6)).clamp_max(1.0))

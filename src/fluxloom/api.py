@@ -1,0 +1,130 @@
+"""What users hold: ``load()`` gives a Loom, which draws, edits and replays."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+
+from fluxloom.core.specs import MODELS, ModelSpec
+from fluxloom.errors import BadInput, UnknownModel
+from fluxloom.infer.pipeline import Pipeline, Preview
+from fluxloom.infer.replay import Replay, replay
+from fluxloom.infer.request import Picture, PromptWarning, Reference, Request, Result
+from fluxloom.infer.runtime import Runtime
+from fluxloom.weights.load import CARD, read_card
+
+_ASSETS = Path(__file__).parent / "assets"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load(reference: str | os.PathLike[str] = "nano", device: str = "cpu", dtype: str | None = None) -> Loom:
+    """Load a model.
+
+    reference  ``nano``, which comes with the package, or a folder with the same files (``card.json``, shards,
+               ``vocab.txt``)
+    device     ``cpu``, ``cuda``, ``cuda:1`` ..., or ``auto``: a GPU where there is one
+    dtype      ``float32`` or ``bfloat16`` for the transformer; float32 on the CPU and bfloat16 on a GPU unless given
+
+    Raises UnknownModel for another reference, BadInput for another device or dtype, and WeightsError where files
+    are missing, damaged or do not fit.
+    """
+    where = _device(device)
+    spec, folder = _find(reference)
+    name = dtype or ("float32" if where.type == "cpu" else "bfloat16")
+    if name not in _DTYPES:
+        raise BadInput(f"got dtype {dtype!r}, allowed {', '.join(_DTYPES)}, try float32")
+    return Loom(Pipeline(Runtime.from_folder(folder, spec, where, _DTYPES[name])))
+
+
+class Loom:
+    """A loaded model. Pictures go in as paths, PIL images or earlier results."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The row of the model: its shape, its defaults, its limits."""
+        return self.pipeline.runtime.spec
+
+    @overload
+    def generate(self, prompt: str, *, n: None = None, **fields: Any) -> Result: ...
+    @overload
+    def generate(self, prompt: str, *, n: int, **fields: Any) -> list[Result]: ...
+    def generate(self, prompt: str, *, n: int | None = None, **fields: Any) -> Result | list[Result]:
+        """Draw a prompt: one result, or a list of ``n``. ``fields`` are those of :class:`Request`.
+
+        Raises BadInput for what the model cannot do. What does not reach the model is told by a PromptWarning.
+        """
+        return self._draw(n, prompt=prompt, **fields)
+
+    @overload
+    def edit(self, picture: Picture, instruction: str, *, n: None = None, **fields: Any) -> Result: ...
+    @overload
+    def edit(self, picture: Picture, instruction: str, *, n: int, **fields: Any) -> list[Result]: ...
+    def edit(self, picture: Picture, instruction: str, *, n: int | None = None, **fields: Any) -> Result | list[Result]:
+        """Change a picture as an instruction in words says; otherwise as :meth:`generate`."""
+        return self._draw(n, prompt=instruction, references=(Reference(picture),), **fields)
+
+    def run(self, request: Request, observe: Callable[[Preview], None] | None = None) -> list[Result]:
+        """All results of a request; ``observe`` sees every step, and stops the work by raising."""
+        return self.pipeline.run(request, observe)
+
+    def stream(self, request: Request) -> Iterator[Preview | Result]:
+        """Previews and results as they come; closing the iterator stops the work."""
+        return self.pipeline.stream(request)
+
+    def replay(
+        self,
+        path: str | os.PathLike[str],
+        inputs: Sequence[Picture] = (),
+        observe: Callable[[Preview], None] | None = None,
+    ) -> Replay:
+        """Draw the picture in a file again from its receipt and compare; see :func:`fluxloom.infer.replay.replay`."""
+        return replay(self.pipeline, path, inputs, observe)
+
+    def _draw(self, n: int | None, **fields: Any) -> Result | list[Result]:
+        unknown = sorted(fields.keys() - Request.__dataclass_fields__.keys())
+        if unknown:
+            raise BadInput(f"got {', '.join(unknown)}, allowed {', '.join(Request.__dataclass_fields__)}")
+        results = self.run(Request(n=1 if n is None else n, **fields))
+        for note in results[0].warnings:
+            warnings.warn(note, PromptWarning, stacklevel=3)
+        return results[0] if n is None else results
+
+
+def _find(reference: str | os.PathLike[str]) -> tuple[ModelSpec, Path]:
+    """The row and the folder of a model reference."""
+    name = os.fspath(reference)
+    if (Path(name) / CARD).is_file():
+        folder = Path(name)
+        name = read_card(folder)["model"]
+    else:
+        folder = _ASSETS / name
+    spec = MODELS.get(name)
+    if spec is None:
+        near = get_close_matches(name, MODELS, n=1) or ["nano"]
+        raise UnknownModel(f"got model {name!r}, allowed {', '.join(MODELS)} or a model folder, try {near[0]}")
+    if not (folder / CARD).is_file():
+        raise UnknownModel(f"got model {name!r}, which this release knows but cannot load yet, try nano")
+    return spec, folder
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise BadInput(f"got device {name!r}, allowed cpu, cuda or auto, try auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadInput(f"got device {name!r}, allowed one of {torch.cuda.device_count()} GPUs here, try auto")
+    return device

@@ -1,0 +1,46 @@
+"""``fluxloom models``"""
+
+from __future__ import annotations
+
+import typer
+
+from fluxloom.cli.options import Json
+from fluxloom.cli.output import print_json, print_table
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def models(json: Json = False) -> None:
+    """List the members of the family and their defaults."""
+    from dataclasses import asdict
+
+    from fluxloom.core.specs import MODELS
+
+    if json:
+        facts = [
+            {
+                "name": spec.name,
+                "title": spec.title,
+                "embedded": spec.embedded,
+                "licence": spec.licence,
+                "tasks": {name: asdict(row) for name, row in spec.tasks.items()},
+            }
+            for spec in MODELS.values()
+        ]
+        print_json({"models": facts})
+        return
+    rows = [
+        (
+            spec.name,
+            task,
+            str(row.steps),
+            "-" if row.guidance is None else f"{row.guidance:g}",
+            f"{row.true_cfg:g}",
+            "x".join(map(str, row.size)),
+            spec.licence,
+        )
+        for spec in MODELS.values()
+        for task, row in spec.tasks.items()
+    ]
+    print_table(("model", "task", "steps", "guidance", "true cfg", "size", "licence"), rows)

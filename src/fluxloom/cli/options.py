@@ -1,0 +1,42 @@
+"""The options that several commands share, said once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def _drawing(*flags: str, help: str, **more: Any) -> Any:
+    return typer.Option(*flags, help=help, rich_help_panel="What the model does", **more)
+
+
+def _output(*flags: str, help: str, **more: Any) -> Any:
+    return typer.Option(*flags, help=help, rich_help_panel="Where it goes", **more)
+
+
+Model = Annotated[str, _drawing("--model", "-m", metavar="NAME", help="`fluxloom models` lists them; or a folder.")]
+Negative = Annotated[str, _drawing("--negative", help="What the picture should not show (with --true-cfg over 1).")]
+Seed = Annotated[int | None, _drawing("--seed", "-s", help="Seed of the noise; picture k of n takes seed + k.")]
+Number = Annotated[int, _drawing("-n", help="How many pictures.")]
+Size = Annotated[str | None, _drawing("--size", metavar="WxH", help="Width and height in pixels; 256 is 256x256.")]
+Steps = Annotated[int | None, _drawing("--steps", help="Steps of the solver.")]
+Guidance = Annotated[float | None, _drawing("--guidance", help="Guidance value fed to the network.")]
+TrueCfg = Annotated[float | None, _drawing("--true-cfg", help="Classifier-free guidance; 1 is off, and twice as fast.")]
+Solver = Annotated[str | None, _drawing("--solver", help="euler, heun, midpoint, rk4, ab2, dpmpp_2m or adaptive.")]
+Init = Annotated[Path | None, _drawing("--init", help="Picture to start from instead of pure noise.")]
+Strength = Annotated[float | None, _drawing("--strength", help="How far to leave --init behind; 0.8 unless given.")]
+Device = Annotated[str, _drawing("--device", help="cpu, cuda or auto.")]
+Threads = Annotated[int | None, _drawing("--threads", help="Threads of the processor; default: one a core.")]
+Out = Annotated[
+    Path | None,
+    _output("--out", "-o", help="File (.png, .jpg, .webp) or folder; default: here, named after prompt and seed."),
+]
+Force = Annotated[bool, _output("--force", help="Overwrite; otherwise the next free number is taken.")]
+Receipt = Annotated[
+    bool, _output("--receipt/--no-receipt", help="Write into the file how it was made, prompt and all.")
+]
+Preview = Annotated[bool, _output("--preview", help="Watch the picture grow, in a terminal.")]
+Quiet = Annotated[bool, _output("--quiet", "-q", help="No progress.")]
+Json = Annotated[bool, _output("--json", help="One JSON object on standard output.")]

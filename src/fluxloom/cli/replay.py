@@ -1,0 +1,53 @@
+"""``fluxloom replay``"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fluxloom.cli import drawing, options
+from fluxloom.cli.output import Destination, print_facts, print_json
+from fluxloom.cli.progress import Watch
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def replay(
+    picture: Annotated[Path, typer.Argument(help="A picture with its receipt inside.", show_default=False)],
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option("--input", help="The picture it was made from, where it is not beside it.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", metavar="NAME", help="Model reference; default: as in the receipt.")
+    ] = None,
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
+    out: options.Out = None,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+) -> None:
+    """Draw a picture again from its receipt and compare: exit code 1 if it comes out different. Saved with --out."""
+    place = Destination.at(out, force)
+    with Watch("drawing again", quiet=quiet):
+        from fluxloom.infer.receipt import read_receipt
+
+        receipt = read_receipt(picture)
+        loom = drawing.load(model or str(receipt.data["model"]["name"]), device, threads)
+        if out is not None:
+            place.probe()
+        found = loom.replay(picture, inputs or ())
+    facts: dict[str, Any] = {"picture": str(picture), "verdict": found.verdict, "max_difference": found.max_difference}
+    facts["psnr"] = None if math.isinf(found.psnr) else round(found.psnr, 2)
+    facts["causes"] = list(found.causes)
+    if out is not None:
+        title = str(receipt.data["request"]["prompt"])
+        facts["path"] = str(found.result.save(place.path(title, found.result.seed, many=False)))
+    (print_json if json else print_facts)(facts)
+    if found.verdict != "bit-exact":
+        raise typer.Exit(1)

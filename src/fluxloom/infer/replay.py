@@ -1,0 +1,170 @@
+"""Draw a picture again from the receipt in its file, and say whether it came out the same."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fluxloom.errors import BadInput, ReceiptError
+from fluxloom.infer import files, pictures
+from fluxloom.infer.pipeline import Pipeline, Preview
+from fluxloom.infer.receipt import Receipt, examine, intact
+from fluxloom.infer.request import Picture, Reference, Request, Result
+
+_SAME_NAME = (
+    "prompt", "negative", "strength", "width", "height", "steps", "guidance", "true_cfg", "solver", "shift",
+    "text_length", "seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The new drawing beside the old.
+
+    verdict         ``bit-exact`` where the new drawing, saved as the file was, has the very pixels of the file;
+                    else ``different``
+    max_difference  largest difference of a colour value, 0 to 255, between those two
+    psnr            in dB over all their pixels; infinite where nothing differs
+    causes          what differs between then and now and may explain it
+    """
+
+    result: Result
+    receipt: Receipt
+    verdict: Literal["bit-exact", "different"]
+    max_difference: int
+    psnr: float
+    causes: tuple[str, ...]
+
+
+def replay(
+    pipeline: Pipeline,
+    path: str | os.PathLike[str],
+    inputs: Sequence[Picture] = (),
+    observe: Callable[[Preview], None] | None = None,
+) -> Replay:
+    """Draw the picture in a file again.
+
+    An edit needs its input picture: it is looked for among ``inputs``, then beside the file, by the hash of its
+    pixels. Where only a lossy copy of a drawn input is found, the input is drawn again first from its own receipt.
+    Raises ReceiptError where the file is not an intact picture of this model or an input is missing.
+    """
+    found, rgb = pictures.read(path)
+    verdict = examine(found, rgb)
+    receipt = intact(path, verdict)
+    with _threads(receipt.data["machine"].get("threads")):
+        result = _redraw(pipeline, receipt, [*inputs, *_beside(Path(path))], observe)
+    if result.image.size != rgb.size:
+        raise ReceiptError(f"got {os.fspath(path)!r} of {rgb.size} pixels, but its receipt draws {result.image.size}")
+    form = found.format if found.format in ("JPEG", "WEBP") else "PNG"  # other formats, too, lose nothing
+    largest, psnr = difference(rgb, files.through(result.image, form, verdict.quality))
+    causes = tuple(_causes(receipt, result.receipt))
+    return Replay(result, receipt, "different" if largest else "bit-exact", largest, psnr, causes)
+
+
+def difference(first: Image.Image, second: Image.Image) -> tuple[int, float]:
+    """Largest difference of a value and PSNR in dB of two RGB pictures of one size."""
+    delta = np.asarray(first).astype(np.int16) - np.asarray(second)
+    mean = float(np.square(delta, dtype=np.int32).mean())
+    return int(np.abs(delta).max()), math.inf if mean == 0 else 10 * math.log10(255**2 / mean)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """An entry of a receipt's inputs."""
+
+    role: str
+    pixels: str
+    size: list[int]
+    file: str | None
+    receipt: str | None
+
+
+@contextmanager
+def _threads(count: object) -> Iterator[None]:
+    """Compute with as many threads as then, where there are as many cores: convolutions sum in another order with
+    another number of threads (transformers, measured, do not)."""
+    before = torch.get_num_threads()
+    if isinstance(count, int) and 1 <= count <= (os.cpu_count() or 1):
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _redraw(
+    pipeline: Pipeline,
+    receipt: Receipt,
+    candidates: list[Picture],
+    observe: Callable[[Preview], None] | None = None,
+) -> Result:
+    name, own = receipt.data["model"].get("name"), pipeline.runtime.spec.name
+    if name != own:
+        raise ReceiptError(f"got a picture drawn by {name!r}, allowed one by the loaded {own!r}, try loading {name!r}")
+    try:
+        asked: dict[str, Any] = {field: receipt.data["request"][field] for field in _SAME_NAME}
+        wanted = [_Wanted(**entry) for entry in receipt.data["inputs"]]
+    except (KeyError, TypeError) as error:
+        raise ReceiptError(f"got a receipt without all its parts ({error}), allowed whole ones") from error
+    found = {entry.role: _locate(pipeline, entry, candidates) for entry in wanted}
+    asked["references"] = (Reference(found["context"]),) if "context" in found else ()
+    return pipeline.run(Request(**asked, init=found.get("init")), observe)[0]
+
+
+def _beside(path: Path) -> list[Path]:
+    return sorted(other for other in path.parent.iterdir() if other.suffix.lower() in files.FORMATS)
+
+
+def _locate(pipeline: Pipeline, wanted: _Wanted, candidates: list[Picture]) -> Picture:
+    """The input picture of a receipt: the very pixels, or a drawn picture whose receipt can bring them back."""
+    lossy = []
+    for candidate, found, rgb in _of_size(wanted.size, candidates):
+        if pictures.pixel_hash(rgb) == wanted.pixels:
+            return candidate
+        parent = examine(found, rgb).receipt
+        if parent is not None and parent.id == wanted.receipt and parent.pixels == wanted.pixels:
+            lossy.append(parent)
+    for parent in lossy:
+        result = _redraw(pipeline, parent, candidates)
+        if result.receipt.pixels == wanted.pixels:
+            return result
+    raise ReceiptError(
+        f"got a picture made from {wanted.file or 'a picture'} with pixels {str(wanted.pixels)[:19]}…, "
+        "which is not beside it, try giving it as input"
+    )
+
+
+def _of_size(size: list[int], candidates: list[Picture]) -> Iterator[tuple[Picture, Image.Image, Image.Image]]:
+    """Candidates that can be read and have a size, decoded: as found, and in RGB."""
+    for candidate in candidates:
+        if isinstance(candidate, Result):
+            found = rgb = candidate.image
+        else:
+            try:
+                if sorted(pictures.size_of(candidate)) != sorted(size):  # as stored, perhaps lying on its side
+                    continue
+                found, rgb = pictures.read(candidate)
+            except BadInput:
+                continue
+        if list(rgb.size) == size:
+            yield candidate, found, rgb
+
+
+def _causes(then: Receipt, now: Receipt) -> Iterator[str]:
+    for name, key in (("fluxloom", "fluxloom"), ("weights", "model"), ("versions", "versions"), ("machine", "machine")):
+        before, after = then.data[key], now.data[key]
+        if isinstance(before, dict):
+            for field in sorted(after):
+                if before.get(field) != after[field]:
+                    yield f"{name} {field}: {before.get(field)} then, {after[field]} now"
+        elif before != after:
+            yield f"{name}: {before} then, {after} now"

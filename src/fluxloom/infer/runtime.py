@@ -1,0 +1,162 @@
+"""The only state of inference: modules, where and how precisely they compute, and a cache of text states."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fluxloom.core import shapes
+from fluxloom.core.autoencoder import Autoencoder
+from fluxloom.core.specs import ModelSpec, TextSpec
+from fluxloom.core.text import TextStates, TextTower, Tokenizer
+from fluxloom.core.transformer import Transformer
+from fluxloom.errors import Failure, WeightsError
+from fluxloom.infer import pictures
+from fluxloom.infer.conditions import Row
+from fluxloom.infer.receipt import processor, system
+from fluxloom.weights.load import SHARDS, VOCABULARY, build, load_compact, part, verified
+
+_CACHED_TEXTS = 64  # states of a prompt take some 50 kB for nano, 4 MB for the 12 B members
+
+
+@dataclass
+class Runtime:
+    """One loaded model. The transformer computes in ``dtype``; text and autoencoder, whose cost is small, in
+    float32."""
+
+    spec: ModelSpec
+    transformer: Transformer
+    autoencoder: Autoencoder
+    tower: TextTower
+    tokenizer: Tokenizer
+    content: str
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    _texts: OrderedDict[str, TextStates] = field(default_factory=OrderedDict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.transformer.to(self.device, self.dtype)
+        self.autoencoder.to(self.device)
+        self.tower.to(self.device)
+
+    @classmethod
+    def from_folder(cls, folder: Path, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Runtime:
+        """Load a model folder: card, shards, vocabulary. Raises WeightsError where anything does not fit."""
+        content = verified(folder)
+        state = load_compact(sorted(folder.glob(SHARDS)))
+        text = spec.text
+        if text is None:
+            raise WeightsError(f"got a folder {folder} for {spec.name}, allowed members with a text tower of their own")
+        modules = ("transformer", "autoencoder", "text")
+        unknown = [key for key in state if key.partition(".")[0] not in modules]
+        if unknown:
+            raise WeightsError(f"got weights in {folder} of no known module: {', '.join(unknown[:8])}")
+        return cls(
+            spec=spec,
+            transformer=build(lambda: Transformer(spec.transformer), part(state, "transformer")),
+            autoencoder=build(lambda: Autoencoder(spec.autoencoder), part(state, "autoencoder")),
+            tower=build(lambda: TextTower(text), part(state, "text")),
+            tokenizer=_tokenizer(folder, text),
+            content=content,
+            device=device,
+            dtype=dtype,
+        )
+
+    @torch.inference_mode()
+    def read(self, prompt: str) -> TextStates:
+        """Text states [1, L, C] of a prompt; the last 64 prompts are remembered."""
+        if prompt not in self._texts:
+            ids = torch.tensor([self.tokenizer.encode(prompt)], device=self.device)
+            states = self.tower(ids)
+            self._texts[prompt] = TextStates(states.tokens.to(self.dtype), states.pooled.to(self.dtype))
+            if len(self._texts) > _CACHED_TEXTS:
+                self._texts.popitem(last=False)
+        self._texts.move_to_end(prompt)
+        return self._texts[prompt]
+
+    def notes(self, prompt: str) -> list[str]:
+        """What of a prompt does not reach the model: pieces beyond its text length, words it does not know."""
+        found = []
+        cut = self.tokenizer.overflow(prompt)
+        if cut:
+            text = _listed(" ".join(cut).replace(" ##", "").split(), " ")
+            found.append(f"the prompt is too long for {self.spec.name}; this was cut off: {text}")
+        unknown = list(dict.fromkeys(self.tokenizer.unknown(prompt)))
+        if unknown:
+            found.append(f"{self.spec.name} does not know these words: {_listed(unknown, ', ')}")
+        return found
+
+    @torch.inference_mode()
+    def encode(self, picture: Image.Image) -> Tensor:
+        """Normalised latent [1, C, h, w], float32 on the CPU, of an RGB picture."""
+        z: Tensor = self.autoencoder.encode(pictures.to_tensor(picture).to(self.device))
+        return z.cpu()
+
+    @torch.inference_mode()
+    def decode(self, x_1LC: Tensor, hw: tuple[int, int]) -> Image.Image:
+        """The RGB picture of packed latents. Raises Failure where they are not finite."""
+        if not torch.isfinite(x_1LC).all():
+            raise Failure("got numbers from the model that are not finite, allowed finite ones, try dtype float32")
+        return pictures.to_picture(self.autoencoder.decode(shapes.unpack(x_1LC, *hw)))
+
+    @torch.inference_mode()
+    def velocity(self, x: Tensor, t: float, rows: Sequence[Row]) -> tuple[Tensor, ...]:
+        """Velocities [B, L, C] in x's dtype, one a row, all rows in one forward pass."""
+        batch, length = x.shape[:2]
+        size = batch * len(rows)
+
+        def spread(parts: list[Tensor]) -> Tensor:
+            """[1, ...] of each row to [rows * B, ...]."""
+            return torch.cat([one.to(self.device).expand(batch, *one.shape[1:]) for one in parts])
+
+        img = x.to(self.dtype).repeat(len(rows), 1, 1)
+        contexts = [row.context.to(self.dtype) for row in rows if row.context is not None]
+        if contexts:
+            img = torch.cat((img, spread(contexts)), dim=1)
+        txt = spread([row.text.tokens for row in rows])
+        guidance = [row.guidance for row in rows if row.guidance is not None]
+        v: Tensor = self.transformer(
+            img,
+            spread([row.ids[None] for row in rows]),
+            txt,
+            shapes.text_ids(txt.shape[1]).to(self.device).expand(size, -1, -1),
+            torch.full((size,), t, device=self.device),
+            spread([row.text.pooled for row in rows]),
+            torch.tensor(guidance, device=self.device).repeat_interleave(batch) if guidance else None,
+        )
+        return torch.split(v[:, :length].to(x.dtype), batch)
+
+    def machine(self) -> dict[str, Any]:
+        """Where and how this runtime computes, for receipts."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "processor": torch.cuda.get_device_name(self.device) if on_gpu else processor(),
+            "system": system(),
+        }
+
+
+def _listed(words: list[str], separator: str, count: int = 20) -> str:
+    more = f" … and {len(words) - count} more" if len(words) > count else ""
+    return separator.join(words[:count]) + more
+
+
+def _tokenizer(folder: Path, spec: TextSpec) -> Tokenizer:
+    path = folder / VOCABULARY
+    try:
+        words = path.read_text("utf-8").splitlines()
+        tokenizer = Tokenizer(words, spec.max_length)
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"got no usable {path}: {error}") from error
+    if len(words) != spec.vocab_size or len(set(words)) != spec.vocab_size:
+        raise WeightsError(f"got {len(set(words))} different words in {path}, allowed {spec.vocab_size}")
+    return tokenizer

@@ -1,0 +1,1 @@
+"""From bytes to modules and back: how tensors are named, stored and loaded."""

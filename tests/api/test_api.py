@@ -1,0 +1,157 @@
+"""What users hold, with the embedded model itself at the smallest size it draws."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pico import photo
+from PIL import Image
+
+import fluxloom as fl
+from fluxloom.core.specs import MODELS
+from fluxloom.errors import BadInput, OutputError, UnknownModel, WeightsError
+from fluxloom.infer.request import PromptWarning
+
+NANO = Path(fl.__file__).parent / "assets" / "nano"
+SMALL = {"width": 64, "height": 64, "steps": 2, "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> fl.Loom:
+    return fl.load("nano")
+
+
+@pytest.fixture(scope="module")
+def picture(pipe: fl.Loom) -> fl.Result:
+    return pipe.generate("a red cat", **SMALL)
+
+
+def test_draw_edit_and_replay(pipe: fl.Loom, picture: fl.Result, tmp_path: Path) -> None:
+    assert pipe.spec is MODELS["nano"]
+    assert picture.image.size == (64, 64)
+    assert picture.seed == 7
+    first = picture.save(tmp_path / "1.png")
+    steps = {"steps": 2, "seed": 8}
+    edits = [pipe.edit(source, "make it blue", **steps) for source in (picture, first, str(first), picture.image)]
+    assert len({edit.receipt.pixels for edit in edits}) == 1
+    assert edits[0].receipt.pixels != picture.receipt.pixels
+    again = pipe.replay(edits[1].save(tmp_path / "2.jpg"))
+    assert again.verdict == "bit-exact"
+
+
+def test_another_process_worth_of_state_draws_the_same(picture: fl.Result) -> None:
+    again = fl.load(NANO).generate("a red cat", **SMALL)
+    assert again.receipt.pixels == picture.receipt.pixels
+    assert again.receipt.data["model"] == picture.receipt.data["model"]
+
+
+def test_several_pictures_come_as_a_list(pipe: fl.Loom, picture: fl.Result) -> None:
+    several = pipe.generate("a red cat", n=2, **SMALL)
+    assert [result.seed for result in several] == [7, 8]
+    assert several[0].receipt.pixels == picture.receipt.pixels
+    assert len(pipe.generate("a red cat", n=1, **SMALL)) == 1
+
+
+def test_run_and_stream_take_requests(pipe: fl.Loom, picture: fl.Result) -> None:
+    request = fl.Request(prompt="a red cat", **SMALL)
+    seen: list[int] = []
+    (result,) = pipe.run(request, lambda preview: seen.append(preview.step.index))
+    assert seen == [0, 1]
+    *previews, last = pipe.stream(request)
+    assert [preview.image.size for preview in previews] == [(64, 64)] * 2
+    assert isinstance(last, fl.Result)
+    assert last.receipt.pixels == result.receipt.pixels == picture.receipt.pixels
+
+
+def test_what_does_not_reach_the_model_is_told(pipe: fl.Loom) -> None:
+    with pytest.warns(PromptWarning, match="too long for nano") as caught:
+        result = pipe.generate("a cat and " * 40, **SMALL)
+    assert caught[0].filename == __file__
+    assert len(result.warnings) == 1
+
+
+def test_unknown_fields_are_refused(pipe: fl.Loom) -> None:
+    with pytest.raises(BadInput, match="got cfg, hight, allowed prompt, negative"):
+        pipe.generate("a cat", hight=64, cfg=3)
+
+
+def test_bad_input_is_also_a_value_error(pipe: fl.Loom) -> None:
+    with pytest.raises(ValueError, match=r"size 250x250, allowed for nano: .* try 256x256"):
+        pipe.generate("a cat", width=250, height=250)
+
+
+def test_unwritable_output_leaves_nothing(picture: fl.Result, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OutputError, match="to write to"):
+        picture.save(tmp_path / "file" / "a.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("nanno", "model 'nanno', allowed nano, .* try nano"),
+        ("flux1-dev", "knows but cannot load yet, try nano"),
+        ("flux1-kontex-dev", "try flux1-kontext-dev"),
+        ("", "model ''"),
+        ("/no/such/folder", "or a model folder"),
+        ("../nano", "model '../nano'"),
+    ],
+)
+def test_models_that_cannot_be_loaded(reference: str, message: str) -> None:
+    with pytest.raises(UnknownModel, match=message):
+        fl.load(reference)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, "device 'gpu', allowed cpu, cuda or auto"),
+        ({"device": "meta"}, "device 'meta'"),
+        ({"device": "cuda:99"}, "device 'cuda:99', allowed one of"),
+        ({"dtype": "float16"}, "dtype 'float16', allowed float32, bfloat16"),
+        ({"dtype": "fast"}, "dtype 'fast'"),
+    ],
+)
+def test_options_that_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        fl.load("nano", **options)
+
+
+def test_automatic_device_and_precision() -> None:
+    runtime = fl.load(device="auto").pipeline.runtime
+    on_gpu = torch.cuda.is_available()
+    assert runtime.device.type == ("cuda" if on_gpu else "cpu")
+    assert runtime.dtype == (torch.bfloat16 if on_gpu else torch.float32)
+    assert fl.load(dtype="bfloat16").pipeline.runtime.dtype == torch.bfloat16
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(NANO, tmp_path / "nano"))
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    with open(shard, "r+b") as file:
+        file.seek(-1000, 2)
+        file.write(b"damage")
+    with pytest.raises(WeightsError, match=shard.name):
+        fl.load(folder)
+
+
+def test_a_card_without_a_known_model(tmp_path: Path) -> None:
+    (tmp_path / "card.json").write_text('{"schema": 1, "model": "micro", "files": {}}')
+    with pytest.raises(UnknownModel, match="model 'micro'"):
+        fl.load(tmp_path)
+
+
+def test_broken_pictures_in(pipe: fl.Loom, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="allowed 16 or more"):
+        pipe.edit(Image.new("RGB", (8, 8)), "make it blue")
+    with pytest.raises(BadInput, match="does not exist"):
+        pipe.edit(tmp_path / "none.png", "make it blue")
+    assert photo().size == (64, 48)
