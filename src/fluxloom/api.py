@@ -27,7 +27,7 @@ def load(reference: str | os.PathLike[str] = "nano", device: str = "cpu", dtype:
     """Load a model.
 
     reference  ``nano``, which comes with the package, or a folder with the same files (``card.json``, shards,
-               ``vocab.txt``)
+               ``vocab.txt``); of a folder that is itself named nano, the path: ``./nano``
     device     ``cpu``, ``cuda``, ``cuda:1`` ..., or ``auto``: a GPU where there is one
     dtype      ``float32`` or ``bfloat16`` for the transformer; float32 on the CPU and bfloat16 on a GPU unless given
 
@@ -92,7 +92,9 @@ class Loom:
     def _draw(self, n: int | None, **fields: Any) -> Result | list[Result]:
         unknown = sorted(fields.keys() - Request.__dataclass_fields__.keys())
         if unknown:
-            raise BadInput(f"got {', '.join(unknown)}, allowed {', '.join(Request.__dataclass_fields__)}")
+            names = list(Request.__dataclass_fields__)
+            near = get_close_matches(unknown[0], names, n=1) or ["leaving it out"]
+            raise BadInput(f"got {', '.join(unknown)}, allowed {', '.join(names)}, try {near[0]}")
         results = self.run(Request(n=1 if n is None else n, **fields))
         for note in results[0].warnings:
             warnings.warn(note, PromptWarning, stacklevel=3)
@@ -102,11 +104,11 @@ class Loom:
 def _find(reference: str | os.PathLike[str]) -> tuple[ModelSpec, Path]:
     """The row and the folder of a model reference."""
     name = os.fspath(reference)
-    if (Path(name) / CARD).is_file():
-        folder = Path(name)
-        name = read_card(folder)["model"]
-    else:
+    folder = Path(name)
+    if reference in MODELS:  # whatever lies in the current folder; a Path is never a name
         folder = _ASSETS / name
+    elif name and (folder / CARD).is_file():
+        name = read_card(folder)["model"]
     spec = MODELS.get(name)
     if spec is None:
         near = get_close_matches(name, MODELS, n=1) or ["nano"]

@@ -25,7 +25,7 @@ app = typer.Typer(add_completion=False)
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("demo"),
     page: Annotated[
-        Path | None, typer.Option("--sheet", help="File of the contact sheet.", show_default="sheet.webp in --out")
+        Path | None, typer.Option("--sheet", help="File of the contact sheet: .png, .jpg or .webp.", show_default="sheet.webp in --out")
     ] = None,
     size: options.Size = None,
     steps: options.Steps = None,
@@ -37,11 +37,12 @@ def demo(
     began = time.perf_counter()
     with Watch("loading nano", quiet=quiet) as watch:
         loom = drawing.load("nano", threads=threads)
-        from fluxloom.infer.files import encode, write
+        from fluxloom.infer.files import encode, format_of, write
         from fluxloom.recipes.demo import CHAINS, PROMPTS, sheet
 
+        form = format_of(page)
         Destination(out).probe()
-        Destination.at(page).probe()
+        Destination(page.parent).probe()
         artist = Artist(loom, watch, out, {"steps": steps, **drawing.size_fields(size)})
         drawn = [(artist.draw(line, f"{number:02d}").image, line) for number, line in enumerate(PROMPTS, 1)]
         chains = [
@@ -50,7 +51,7 @@ def demo(
         ]
         for number, chain in enumerate(chains, 1):
             write(out / f"chain-{number}.webp", encode(sheet([], [chain]), "WEBP", quality=90))
-        write(page, encode(sheet(drawn, chains), "WEBP", quality=90))
+        write(page, encode(sheet(drawn, chains), form, quality=None if form == "PNG" else 90))
     edits, seconds = sum(len(chain) - 1 for chain in chains), time.perf_counter() - began
     print(page)
     print(f"drew {len(drawn) + len(chains)} pictures and edited {edits} in {seconds:.0f} s; all are in {out}")

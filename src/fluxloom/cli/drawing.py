@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxloom.cli.output import Destination, print_json
+from fluxloom.cli.output import Destination, plain, print_json
 from fluxloom.cli.progress import Watch
 from fluxloom.errors import BadInput
 
@@ -85,7 +85,7 @@ def draw(
             else:
                 watch.step(event)
     for note in done[0][1].warnings:
-        print(f"fluxloom: note: {note}", file=sys.stderr)
+        print(plain(f"fluxloom: note: {note}"), file=sys.stderr)
     if json:
         print_json({"pictures": [_facts(path, result) for path, result in done]})
 

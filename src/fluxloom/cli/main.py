@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from fluxloom.cli import interrupts
+from fluxloom.cli.output import plain
 from fluxloom.errors import FluxloomError
 
 
@@ -35,9 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             traceback.print_exc()
         line, code = _explain(error)
-        # One line, whatever was typed: no line breaks, no terminal escapes.
-        text = "".join(c if c.isprintable() else " " for c in f"fluxloom: error: {line}")
-        print(" ".join(text.split()), file=sys.stderr)
+        print(plain(f"fluxloom: error: {line}"), file=sys.stderr)
     if code == interrupts.EXIT_CODE:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(interrupts.LINE, end="", file=sys.stderr)

@@ -16,11 +16,15 @@ def _output(*flags: str, help: str, **more: Any) -> Any:
     return typer.Option(*flags, help=help, rich_help_panel="Where it goes", **more)
 
 
+SIZE = (
+    "Width and height in pixels; 256 is 256x256. Default: the model's own, at the aspect of the picture to start from."
+)
+
 Model = Annotated[str, _drawing("--model", "-m", metavar="NAME", help="`fluxloom models` lists them; or a folder.")]
 Negative = Annotated[str, _drawing("--negative", help="What the picture should not show (with --true-cfg over 1).")]
 Seed = Annotated[int | None, _drawing("--seed", "-s", help="Seed of the noise; picture k of n takes seed + k.")]
 Number = Annotated[int, _drawing("-n", help="How many pictures.")]
-Size = Annotated[str | None, _drawing("--size", metavar="WxH", help="Width and height in pixels; 256 is 256x256.")]
+Size = Annotated[str | None, _drawing("--size", metavar="WxH", help=SIZE)]
 Steps = Annotated[int | None, _drawing("--steps", help="Steps of the solver.")]
 Guidance = Annotated[float | None, _drawing("--guidance", help="Guidance value fed to the network.")]
 TrueCfg = Annotated[float | None, _drawing("--true-cfg", help="Classifier-free guidance; 1 is off, and twice as fast.")]

@@ -72,6 +72,11 @@ def slug(title: str, limit: int = 48) -> str:
     return name or "picture"
 
 
+def plain(text: str) -> str:
+    """A text on one line without terminal escapes, whoever wrote it."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
 def print_json(value: Mapping[str, Any]) -> None:
     """One JSON object on standard output, and nothing else."""
     print(json.dumps(value, ensure_ascii=False, indent=2))
@@ -81,6 +86,7 @@ def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
     """Names and values, one a line, what belongs together indented."""
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
+        name = plain(name)
         if isinstance(value, Mapping) and value:
             print(f"{indent}{name}")
             print_facts(value, indent + "  ")
@@ -90,7 +96,7 @@ def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
                 print_facts(entry, indent + "  ")
         elif value not in (None, "", [], {}):
             shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-            print(f"{indent}{name:{width}}  {shown}")
+            print(f"{indent}{name:{width}}  {plain(str(shown))}")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -48,17 +48,12 @@ class Watch:
         if self.live is not None:
             self.live.stop()
 
-    def say(self, what: str, done: int | None = None, total: int | None = None) -> None:
-        """Name what is being done, and how much of it is."""
-        if self.live is not None:
-            self.bar.update(self.task, description=what, completed=done, total=total)
-
     def step(self, event: Preview) -> None:
         """Show a step of a picture."""
         if self.live is None:
             return
         what = self.what if event.pictures == 1 else f"{self.what} {event.picture + 1}/{event.pictures}"
-        self.say(what, event.step.index + 1, event.step.total)
+        self.bar.update(self.task, description=what, completed=event.step.index + 1, total=event.step.total)
         if self.preview and event.step.index % _EVERY == 0:
             from rich.console import Group
 

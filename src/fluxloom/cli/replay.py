@@ -26,22 +26,22 @@ def replay(
         str | None, typer.Option("--model", "-m", metavar="NAME", help="Model reference; default: as in the receipt.")
     ] = None,
     device: options.Device = "cpu",
-    threads: options.Threads = None,
     out: options.Out = None,
     force: options.Force = False,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Draw a picture again from its receipt and compare: exit code 1 if it comes out different. Saved with --out."""
+    """Draw a picture again from its receipt, with as many threads as then, and compare: exit code 1 if it comes out
+    different. Saved with --out."""
     place = Destination.at(out, force)
-    with Watch("drawing again", quiet=quiet):
+    with Watch("drawing again", quiet=quiet) as watch:
         from fluxloom.infer.receipt import read_receipt
 
         receipt = read_receipt(picture)
-        loom = drawing.load(model or str(receipt.data["model"]["name"]), device, threads)
+        loom = drawing.load(model or str(receipt.data["model"].get("name")), device)
         if out is not None:
             place.probe()
-        found = loom.replay(picture, inputs or ())
+        found = loom.replay(picture, inputs or (), watch.step)
     facts: dict[str, Any] = {"picture": str(picture), "verdict": found.verdict, "max_difference": found.max_difference}
     facts["psnr"] = None if math.isinf(found.psnr) else round(found.psnr, 2)
     facts["causes"] = list(found.causes)

@@ -16,7 +16,7 @@ from fluxloom.core import flow, shapes
 from fluxloom.core.specs import ModelSpec
 from fluxloom.core.text import TextStates
 from fluxloom.infer.pictures import resize
-from fluxloom.infer.request import Resolved, working_size
+from fluxloom.infer.request import Resolved
 
 Encode = Callable[[Image.Image], Tensor]  # an RGB picture to its normalised latent [1, C, h, w], float32
 Read = Callable[[str], TextStates]
@@ -64,6 +64,9 @@ class Conditioning:
 def condition(request: Resolved, spec: ModelSpec, read: Read, encode: Encode) -> Conditioning:
     """Build the conditioning of a request; ``read`` and ``encode`` are the text and picture encoders.
 
+    A reference is seen at the nearest of the model's preferred sizes. A model without them was taught by pairs of one
+    size, place by place: there it is seen at the size of the picture to draw (otherwise its upper left part is copied).
+
     Under true CFG a second row stands for what is not wanted: the negative or empty prompt, with the same reference
     (an edit without its picture would be another task, not less of this one).
     """
@@ -71,7 +74,9 @@ def condition(request: Resolved, spec: ModelSpec, read: Read, encode: Encode) ->
     ids, context = shapes.image_ids(*hw), None
     reference = request.input("context")
     if reference is not None:
-        latent = encode(resize(reference.image, *working_size(spec, *reference.image.size)))
+        own, sizes = reference.image.size, spec.preferred_sizes
+        seen = shapes.nearest_size(*own, sizes) if sizes else (request.width, request.height)
+        latent = encode(resize(reference.image, *seen))
         context = shapes.pack(latent)
         ids = torch.cat((ids, shapes.image_ids(latent.shape[2], latent.shape[3], index=1)))
     init = request.input("init")

@@ -63,7 +63,9 @@ def upright(picture: Image.Image) -> Image.Image:
 def pixel_hash(picture: Image.Image) -> str:
     """``sha256:...`` of the size and the RGB values of a picture."""
     rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
-    return "sha256:" + hashlib.sha256(f"RGB {rgb.width}x{rgb.height}\n".encode() + rgb.tobytes()).hexdigest()
+    found = hashlib.sha256(f"RGB {rgb.width}x{rgb.height}\n".encode())
+    found.update(rgb.tobytes())
+    return f"sha256:{found.hexdigest()}"
 
 
 def resize(picture: Image.Image, width: int, height: int) -> Image.Image:
@@ -102,7 +104,7 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         except Image.DecompressionBombError as error:
             raise BadInput(f"got {name}, allowed at most {MAX_PIXELS:,} pixels, try a smaller one") from error
         except Exception as error:  # decoders raise whatever damaged bytes lead them to
-            raise BadInput(f"got {name}, which cannot be read ({error}), allowed a whole picture") from error
+            raise BadInput(f"got {name}, which cannot be read ({error}), allowed a whole picture, try another") from error
 
 
 def _check_size(picture: Image.Image, name: str) -> None:

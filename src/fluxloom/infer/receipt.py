@@ -134,10 +134,12 @@ def examine(found: Image.Image, rgb: Image.Image) -> Verdict:
         decoded, quality = envelope["decoded"], envelope["quality"]
     except ReceiptError as error:
         return Verdict("damaged", None, str(error))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return Verdict("damaged", None, f"its receipt is damaged ({error})")
     if decoded != pictures.pixel_hash(rgb):
         return Verdict("changed", receipt, "its pixels were changed since the receipt was written")
+    if getattr(found, "n_frames", 1) > 1:
+        return Verdict("changed", receipt, "it has become an animation since the receipt was written")
     return Verdict("intact", receipt, "receipt and pixels belong together", quality)
 
 

@@ -60,10 +60,10 @@ def replay(
     found, rgb = pictures.read(path)
     verdict = examine(found, rgb)
     receipt = intact(path, verdict)
-    with _threads(receipt.data["machine"].get("threads")):
-        result = _redraw(pipeline, receipt, [*inputs, *_beside(Path(path))], observe)
+    result = _redraw(pipeline, receipt, [*inputs, *_beside(Path(path))], observe)
     if result.image.size != rgb.size:
-        raise ReceiptError(f"got {os.fspath(path)!r} of {rgb.size} pixels, but its receipt draws {result.image.size}")
+        name, drawn = os.fspath(path), result.image.size
+        raise ReceiptError(f"got {name!r} of {rgb.size} pixels, allowed {drawn}, as its receipt draws, try the original")
     form = found.format if found.format in ("JPEG", "WEBP") else "PNG"  # other formats, too, lose nothing
     largest, psnr = difference(rgb, files.through(result.image, form, verdict.quality))
     causes = tuple(_causes(receipt, result.receipt))
@@ -114,10 +114,11 @@ def _redraw(
         asked: dict[str, Any] = {field: receipt.data["request"][field] for field in _SAME_NAME}
         wanted = [_Wanted(**entry) for entry in receipt.data["inputs"]]
     except (KeyError, TypeError) as error:
-        raise ReceiptError(f"got a receipt without all its parts ({error}), allowed whole ones") from error
+        raise ReceiptError(f"got a receipt without all its parts ({error}), allowed whole ones, try the original") from error
     found = {entry.role: _locate(pipeline, entry, candidates) for entry in wanted}
     asked["references"] = (Reference(found["context"]),) if "context" in found else ()
-    return pipeline.run(Request(**asked, init=found.get("init")), observe)[0]
+    with _threads(receipt.data["machine"].get("threads")):
+        return pipeline.run(Request(**asked, init=found.get("init")), observe)[0]
 
 
 def _beside(path: Path) -> list[Path]:
@@ -138,8 +139,8 @@ def _locate(pipeline: Pipeline, wanted: _Wanted, candidates: list[Picture]) -> P
         if result.receipt.pixels == wanted.pixels:
             return result
     raise ReceiptError(
-        f"got a picture made from {wanted.file or 'a picture'} with pixels {str(wanted.pixels)[:19]}…, "
-        "which is not beside it, try giving it as input"
+        f"got a picture made from {wanted.file or 'a picture'} with pixels {str(wanted.pixels)[:19]}…, which is not "
+        "beside it, allowed with that picture, try giving it as input"
     )
 
 

@@ -79,7 +79,7 @@ class Request:
     init          a picture to start from instead of pure noise, kept the more the smaller ``strength`` is
     strength      0 < strength <= 1: how much of the path is walked from ``init``; 0.8 unless given
     width, height in pixels: multiples of 16 that the model allows. Left out, they are the model's own, or follow
-                  the reference or init picture (to the nearest size allowed, resized without cropping)
+                  the reference or init picture (:func:`working_size`); that is resized without cropping
     n             how many pictures; picture k takes seed + k
     steps         1 to 1,000; ``adaptive`` takes it as the length of its first step
     guidance      a number that the model was taught to follow (dev and its kin)
@@ -186,12 +186,13 @@ def resolve(request: Request, spec: ModelSpec) -> Resolved:
     )
 
 
-def working_size(spec: ModelSpec, width: int, height: int) -> Size:
-    """The size at which a model sees a picture: of its preferred sizes the one nearest in aspect, or, where it has
-    none, the nearest size it allows."""
+def working_size(spec: ModelSpec, row: TaskDefaults, width: int, height: int) -> Size:
+    """The size at which a model works on a picture: of its preferred sizes the one nearest in aspect, or, where it
+    has none, the picture's own, scaled down to the area of the task's default size and rounded to what is allowed:
+    nano, taught at 256 x 256, sees a photo of 4000 x 3000 at 288 x 224."""
     if spec.preferred_sizes:
         return nearest_size(width, height, spec.preferred_sizes)
-    return fit_size(width, height, spec.size_multiple, spec.min_side, spec.max_area)
+    return fit_size(width, height, spec.size_multiple, spec.min_side, math.prod(row.size))
 
 
 def _row(spec: ModelSpec, task: str) -> TaskDefaults:
@@ -221,7 +222,7 @@ def _short(text: str, name: str) -> str:
 
 def _negative(negative: object, true_cfg: float) -> str:
     if not isinstance(negative, str):
-        raise BadInput(f"got {type(negative).__name__} as negative prompt, allowed a text")
+        raise BadInput(f"got {type(negative).__name__} as negative prompt, allowed a text, try 'trees, people'")
     if negative.strip() and true_cfg == 1:
         raise BadInput("got a negative prompt with true_cfg 1, allowed only over 1, try true_cfg 3")
     return _short(negative, "negative prompt")
@@ -276,7 +277,7 @@ def _inputs(request: Request) -> tuple[Input, ...]:
         raise BadInput(f"got {len(request.references)} references, allowed one in this release, try the first")
     for reference in request.references:
         if reference.role != "context":
-            raise BadInput(f"got a reference with role {reference.role!r}, allowed 'context'")
+            raise BadInput(f"got a reference with role {reference.role!r}, allowed context, try leaving it out")
     found = [_input(reference.image, "context") for reference in request.references]
     return (*found, _input(request.init, "init")) if request.init is not None else tuple(found)
 
@@ -287,7 +288,8 @@ def _input(picture: Picture, role: str) -> Input:
         parent = picture.receipt if pixels == picture.receipt.pixels else None  # its image may have been drawn on
         return Input(role=role, image=rgb, pixels=pixels, file=None, receipt=parent.id if parent else None)
     if not isinstance(picture, (Image.Image, str, os.PathLike)):
-        raise BadInput(f"got {type(picture).__name__} as picture, allowed a path, a PIL image or a Result")
+        kind = type(picture).__name__
+        raise BadInput(f"got {kind} as picture, allowed a path, a PIL image or a Result, try the path of a file")
     found, rgb = read(picture)
     verdict = examine(found, rgb)
     return Input(
@@ -301,7 +303,7 @@ def _input(picture: Picture, role: str) -> Input:
 
 def _size(request: Request, spec: ModelSpec, row: TaskDefaults, inputs: tuple[Input, ...]) -> Size:
     """What was asked for; sides left out follow the first input picture, or else the row."""
-    default = working_size(spec, *inputs[0].image.size) if inputs else row.size
+    default = working_size(spec, row, *inputs[0].image.size) if inputs else row.size
     width = _whole("width", _or(request.width, default[0]))
     height = _whole("height", _or(request.height, default[1]))
     multiple, low, area = spec.size_multiple, spec.min_side, spec.max_area
@@ -318,7 +320,7 @@ def _size(request: Request, spec: ModelSpec, row: TaskDefaults, inputs: tuple[In
 
 def _whole(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise BadInput(f"got {name} {value!r}, allowed a whole number")
+        raise BadInput(f"got {name} {value!r}, allowed a whole number, try leaving it out")
     if (low is not None and value < low) or (high is not None and value > high):
         only = f"only {low}" if low == high else f"{low} to {high}"
         nearest = low if low is not None and value < low else high
@@ -328,7 +330,7 @@ def _whole(name: str, value: object, low: int | None = None, high: int | None = 
 
 def _number(name: str, value: object, low: float, high: float) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise BadInput(f"got {name} {value!r}, allowed a number")
+        raise BadInput(f"got {name} {value!r}, allowed a number, try leaving it out")
     if not low <= value <= high:  # nor is NaN
         raise BadInput(f"got {name} {value}, allowed {low:g} to {high:g}, try {low if value < low else high:g}")
     return float(value)
@@ -336,7 +338,7 @@ def _number(name: str, value: object, low: float, high: float) -> float:
 
 def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise BadInput(f"got {name} {value!r}, allowed true or false")
+        raise BadInput(f"got {name} {value!r}, allowed true or false, try leaving it out")
     return value
 
 

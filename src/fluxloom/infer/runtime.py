@@ -53,11 +53,13 @@ class Runtime:
         state = load_compact(sorted(folder.glob(SHARDS)))
         text = spec.text
         if text is None:
-            raise WeightsError(f"got a folder {folder} for {spec.name}, allowed members with a text tower of their own")
+            raise WeightsError(f"got a folder {folder} for {spec.name}, allowed models with a text tower, try nano")
         modules = ("transformer", "autoencoder", "text")
         unknown = [key for key in state if key.partition(".")[0] not in modules]
         if unknown:
-            raise WeightsError(f"got weights in {folder} of no known module: {', '.join(unknown[:8])}")
+            raise WeightsError(
+                f"got weights {', '.join(unknown[:8])} in {folder}, allowed those of {', '.join(modules)}, try another"
+            )
         return cls(
             spec=spec,
             transformer=build(lambda: Transformer(spec.transformer), part(state, "transformer")),
@@ -86,7 +88,7 @@ class Runtime:
         found = []
         cut = self.tokenizer.overflow(prompt)
         if cut:
-            text = _listed(" ".join(cut).replace(" ##", "").split(), " ")
+            text = _listed(" ".join(cut).replace(" ##", "").removeprefix("##").split(), " ")
             found.append(f"the prompt is too long for {self.spec.name}; this was cut off: {text}")
         unknown = list(dict.fromkeys(self.tokenizer.unknown(prompt)))
         if unknown:
@@ -156,7 +158,7 @@ def _tokenizer(folder: Path, spec: TextSpec) -> Tokenizer:
         words = path.read_text("utf-8").splitlines()
         tokenizer = Tokenizer(words, spec.max_length)
     except (OSError, ValueError) as error:
-        raise WeightsError(f"got no usable {path}: {error}") from error
+        raise WeightsError(f"got no usable {path} ({error}), try fetching it anew") from error
     if len(words) != spec.vocab_size or len(set(words)) != spec.vocab_size:
-        raise WeightsError(f"got {len(set(words))} different words in {path}, allowed {spec.vocab_size}")
+        raise WeightsError(f"got {len(set(words))} different words in {path}, allowed {spec.vocab_size}, try another")
     return tokenizer

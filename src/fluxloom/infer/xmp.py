@@ -24,7 +24,7 @@ def unpack(packet: bytes) -> str | None:
     name = f"{{{_NAMESPACE}}}receipt"
     try:
         root = ElementTree.fromstring(packet.strip(b"\0 \n"))
-    except ElementTree.ParseError:
+    except (ElementTree.ParseError, ValueError, LookupError):  # no XML, or in an encoding that is none
         return None
     for element in root.iter():
         note = element.text if element.tag == name else element.get(name)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fluxloom.world.preview import Font, chinese_font
 
@@ -82,7 +82,7 @@ def sheet(drawn: Sequence[Shown], chains: Sequence[Sequence[Shown]] = ()) -> Ima
     for number, row in enumerate([*rows, *chains]):
         for column, (picture, line) in enumerate(row):
             x, y = _GAP + column * _CELL[0], _GAP + number * _CELL[1]
-            page.paste(picture.resize((_PICTURE, _PICTURE), Image.Resampling.LANCZOS), (x, y))
+            page.paste(ImageOps.pad(picture, (_PICTURE, _PICTURE), Image.Resampling.LANCZOS, "white"), (x, y))
             caption, font = _caption(line)
             for at, words in enumerate(caption):
                 draw.text((x, y + _PICTURE + 3 + at * _LINE), words, "black", font)

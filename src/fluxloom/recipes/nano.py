@@ -4,6 +4,7 @@
     python -m fluxloom.recipes.nano autoencoder --out runs/nano --minutes 5
     torchrun --nproc-per-node 4 -m fluxloom.recipes.nano train --out runs/nano --minutes 18
     python -m fluxloom.recipes.nano export --out runs/nano
+    python -m fluxloom.recipes.nano measure --out runs/nano
 
 The autoencoder's latent statistics go by hand into core/specs.py (``scale_factor``, ``shift_factor``): the row is the
 one place that knows them. Everything runs at toy size on a laptop with ``--toy``.
@@ -29,8 +30,9 @@ from fluxloom.core.autoencoder import Autoencoder
 from fluxloom.core.specs import MODELS, AutoencoderSpec, ModelSpec, TextSpec, TransformerSpec
 from fluxloom.core.text import SPECIALS, Tokenizer, split_words
 from fluxloom.train.autoencoder import AutoencoderRun, fit_autoencoder, latent_statistics
-from fluxloom.train.data import Chunks, DataSpec, to_unit
+from fluxloom.train.data import Chunks, DataSpec, Pool, to_unit
 from fluxloom.train.loop import Rank, RunSpec, Stage, Trainer
+from fluxloom.train.model import Trainee, flow_loss
 from fluxloom.weights.load import build, load_compact, part, save_card, save_compact
 
 NANO = MODELS["nano"]
@@ -68,7 +70,7 @@ def vocabulary() -> list[str]:
 
 
 def autoencoder_run(minutes: float | None = None) -> AutoencoderRun:
-    """3.9 M parameters; about 34 dB on held-out scenes after five minutes on one H200."""
+    """3.9 M parameters; 34.3 dB on unseen scenes after 3,860 steps, 3.6 minutes on one H200."""
     return AutoencoderRun(
         spec=NANO.autoencoder,
         data=DataSpec(mix=world.Mix.scenes(), size=256, draws=32, edits=0),
@@ -155,22 +157,19 @@ def make_autoencoder(out: Path, spec: AutoencoderRun) -> dict[str, float]:
         log=lambda row: print(json.dumps({k: round(v, 4) for k, v in row.items()}), flush=True),
     )
     save_compact({f"autoencoder.{k}": v for k, v in model.state_dict().items()}, out / "autoencoder", default="float16")
-    unseen = Chunks(
-        replace(spec.data, draws=min(64, 4 * spec.data.draws)), Tokenizer(SPECIALS, 1), spec.seed + 1, 0, 0, 1
-    )[0]
+    unseen = Chunks(replace(spec.data, draws=2 * spec.data.draws), Tokenizer(SPECIALS, 1), spec.seed + 1, 0, 0, 1)[0]
     x = to_unit(unseen["draw.image"], torch.device("cpu"))
     scale, shift = latent_statistics(model, x)
-    with torch.no_grad():
-        error = (model.decoder(model.moments(x)[0]).clamp(-1, 1) - x).square().mean(dim=(1, 2, 3))
-    psnr = 10 * torch.log10(4 / error)
-    facts = {
-        "scale_factor": scale,
-        "shift_factor": shift,
-        "psnr": float(psnr.mean()),
-        "psnr_p10": float(psnr.quantile(0.1)),
-    }
+    facts = {"scale_factor": scale, "shift_factor": shift, **round_trip(model, x)}
     (out / "autoencoder" / "facts.json").write_text(json.dumps(facts))
     return facts
+
+
+@torch.no_grad()
+def round_trip(model: Autoencoder, x: Tensor) -> dict[str, float]:
+    """Peak signal-to-noise ratio in dB of pictures through the autoencoder: the mean and the tenth percentile."""
+    psnr = 10 * torch.log10(4 / (model(x).clamp(-1, 1) - x).square().mean(dim=(1, 2, 3)))
+    return {"psnr": float(psnr.mean()), "psnr_p10": float(psnr.quantile(0.1))}
 
 
 def load_autoencoder(folder: Path, spec: AutoencoderSpec) -> Autoencoder:
@@ -205,9 +204,36 @@ def export(out: Path, assets: Path, facts: dict[str, Any]) -> None:
     save_card(assets, NANO.name, {"recipe": "fluxloom.recipes.nano", "date": date, "parameters": count, **facts})
 
 
+@torch.no_grad()
+def measure(out: Path, assets: Path, count: int = 32) -> dict[str, dict[str, float]]:
+    """What compact storage costs: the denoising losses and the autoencoder's round trip on unseen scenes, from the
+    run's own weights and from the shipped ones, with the same noise, times and texts."""
+    data = DataSpec(mix=world.Mix.scenes(), size=256, draws=count, edits=count)
+    tokenizer = _tokenizer(out, NANO)
+    chunk = Chunks(data, tokenizer, 1_000_003, 0, 0, 1)[0]
+    reference = load_autoencoder(out / "autoencoder", NANO.autoencoder)
+    pool = Pool(count, reference.encode, torch.device("cpu"))
+    pool.put(chunk)
+    rows = {}
+    for name, folder in {"run": out / "model", "shipped": assets}.items():
+        state = load_compact(sorted(folder.glob("*.safetensors")))
+        model = build(lambda: Trainee(NANO), {k: v for k, v in state.items() if not k.startswith("autoencoder.")})
+        row = {}
+        for kind in ("draw", "edit"):
+            generator = torch.Generator().manual_seed(0)
+            batch = pool.draw(kind, count, generator)
+            empty = torch.tensor(tokenizer.encode(""))
+            loss = flow_loss(model, batch, mean=0.8, std=1.2, dropout=0.0, empty=empty, generator=generator)
+            row[kind] = float(loss)
+        home = out / "autoencoder" if name == "run" else assets
+        unseen = to_unit(chunk["draw.image"], torch.device("cpu"))
+        rows[name] = row | round_trip(load_autoencoder(home, NANO.autoencoder), unseen)
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="fluxloom.recipes.nano", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["vocabulary", "autoencoder", "train", "export"])
+    parser.add_argument("what", choices=["vocabulary", "autoencoder", "train", "export", "measure"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, help="end by the clock")
     parser.add_argument("--start-from", type=Path, help="folder of compact weights to go on from")
@@ -223,8 +249,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     elif args.what == "train":
         fit(args.out, toy_run() if args.toy else run(args.minutes), args.start_from)
-    else:
+    elif args.what == "export":
         export(args.out, args.assets, args.facts)
+    else:
+        print(json.dumps(measure(args.out, args.assets), indent=2))
 
 
 if __name__ == "__main__":

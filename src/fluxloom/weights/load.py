@@ -100,7 +100,8 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     found = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
     faults = [f"{name}: {_first(keys)}" for name, keys in found.items() if keys]
     if faults:
-        raise WeightsError(f"got weights that do not fit {type(module).__name__}: {'; '.join(faults)}")
+        name = type(module).__name__
+        raise WeightsError(f"got weights that do not fit {name}: {'; '.join(faults)}, allowed its own, try another file")
     module.load_state_dict(state, assign=True)
 
 
@@ -161,10 +162,10 @@ def read_card(folder: Path | str) -> dict[str, Any]:
         card = json.loads(path.read_text("utf-8"))
         known = isinstance(card["model"], str) and isinstance(card["files"], dict)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"got no usable model card {path}: {type(error).__name__}: {error}") from error
+        raise WeightsError(f"got no usable model card {path} ({type(error).__name__}: {error}), try fetching it anew") from error
     if not known or card.get("schema") != SCHEMA:
         raise WeightsError(
-            f"got a model card {path} of another kind, allowed schema {SCHEMA} with a model and its files"
+            f"got a model card {path} of another kind, allowed schema {SCHEMA} with a model and its files, try another"
         )
     return dict(card)
 
@@ -177,12 +178,16 @@ def verified(folder: Path | str) -> str:
         try:
             actual = digest(folder / name)
         except OSError as error:
-            raise WeightsError(f"got no readable file {folder / name}, which the model card lists: {error}") from error
+            raise WeightsError(
+                f"got no readable file {folder / name}, which the model card lists ({error}), try fetching it anew"
+            ) from error
         if actual != expected:
-            raise WeightsError(f"got a damaged file {folder / name}: its sha256 is {actual}, the card says {expected}")
-    unlisted = sorted({path.name for path in folder.glob(SHARDS)} - listed.keys())
+            raise WeightsError(
+                f"got a damaged file {folder / name} with sha256 {actual}, allowed {expected}, try fetching it anew"
+            )
+    unlisted = sorted({path.name for kind in (SHARDS, VOCABULARY) for path in folder.glob(kind)} - listed.keys())
     if unlisted:
-        raise WeightsError(f"got weight files in {folder} that its card does not list: {_first(unlisted)}")
+        raise WeightsError(f"got files in {folder} that its card does not list: {_first(unlisted)}, try without them")
     return content_hash(listed)
 
 
@@ -210,8 +215,11 @@ def _write_shards(shards: list[tuple[dict[str, Tensor], dict[str, Any]]], folder
         for path, (tensors, table) in zip(paths, shards, strict=True):
             header = json.dumps({"schema": SCHEMA, "tensors": table}, sort_keys=True)
             half = path.with_suffix(".part")
-            half.write_bytes(save(tensors, metadata={"fluxloom": header}))  # its save_file makes files private
-            os.replace(half, path)
+            try:
+                half.write_bytes(save(tensors, metadata={"fluxloom": header}))  # its save_file makes files private
+                os.replace(half, path)
+            finally:
+                half.unlink(missing_ok=True)
         for stale in set(folder.glob(SHARDS)) - set(paths):
             stale.unlink()
     except (OSError, SafetensorError) as error:
