@@ -75,7 +75,7 @@ def test_what_does_not_reach_the_model_is_told(pipe: fl.Loom) -> None:
 
 
 def test_unknown_fields_are_refused(pipe: fl.Loom) -> None:
-    with pytest.raises(BadInput, match="got cfg, hight, allowed prompt, negative"):
+    with pytest.raises(BadInput, match=r"got cfg, hight, allowed prompt, negative, .* try "):
         pipe.generate("a cat", hight=64, cfg=3)
 
 
@@ -108,6 +108,16 @@ def test_unwritable_output_leaves_nothing(picture: fl.Result, tmp_path: Path) ->
 def test_models_that_cannot_be_loaded(reference: str, message: str) -> None:
     with pytest.raises(UnknownModel, match=message):
         fl.load(reference)
+
+
+def test_a_folder_in_the_way_does_not_take_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nano").mkdir()
+    (tmp_path / "nano" / "card.json").write_text('{"schema": 1, "model": "micro", "files": {}}')
+    monkeypatch.chdir(tmp_path)
+    assert fl.load("nano").spec is MODELS["nano"]
+    for reference in ("./nano", Path("nano")):
+        with pytest.raises(UnknownModel, match="model 'micro'"):
+            fl.load(reference)
 
 
 @pytest.mark.parametrize(

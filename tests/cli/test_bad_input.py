@@ -42,6 +42,8 @@ BAD = {
         "negative prompt",
     ),
     "foreign format": (["generate", "a cat", "--out", "cat.gif"], "try cat.png"),
+    "a sheet of no format": (["demo", "--sheet", "sheet"], "got 'sheet', allowed .png"),
+    "threads of then": (["replay", "cat.png", "--threads", "2"], "got unknown option --threads"),
     "missing picture": (["edit", "cat.png", "make it blue"], "got 'cat.png', "),
     "unknown part": (["train", "nano", "--out", "run", "--part", "vae"], "allowed vocabulary, autoencoder, train"),
 }

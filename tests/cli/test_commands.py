@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from runs import QUICK, Run
 
-from fluxloom.cli.output import Destination, slug
+from fluxloom.cli.output import Destination, print_facts, slug
 from fluxloom.cli.progress import half_blocks
 from fluxloom.core.specs import MODELS
 
@@ -73,7 +73,9 @@ def test_info_shows_the_receipt(run: Run, drawn: Path) -> None:
 def test_models_lists_the_family(run: Run) -> None:
     rows = [line.split("\t") for line in run("models").out.splitlines()]
     assert {row[0] for row in rows[1:]} == set(MODELS)
-    assert next(row for row in rows if row[:2] == ["nano", "edit"])[:4] == ["nano", "edit", "12", "1"]
+    edit = MODELS["nano"].tasks["edit"]
+    shown = next(row for row in rows if row[:2] == ["nano", "edit"])
+    assert shown[2:] == [str(edit.steps), "1", f"{edit.true_cfg:g}", "256x256", "Apache-2.0"]
     assert {model["name"] for model in json.loads(run("models", "--json").out)["models"]} == set(MODELS)
 
 
@@ -93,6 +95,11 @@ def test_train_runs_the_recipe(run: Run, here: Path) -> None:
     ended = run("train", "nano", "--out", "run", "--part", "vocabulary")
     assert (ended.code, ended.out, ended.err) == (0, "run/vocab.txt\n", "")
     assert (here / "run" / "vocab.txt").read_text("utf-8").startswith("[PAD]\n")
+
+
+def test_words_that_nano_never_learned_are_told(run: Run) -> None:
+    ended = run("generate", "a cat and a refrigerator", *QUICK)
+    assert (ended.code, ended.err) == (0, "fluxloom: note: nano does not know these words: refrigerator\n")
 
 
 def test_a_prompt_may_begin_with_a_dash(run: Run) -> None:
@@ -143,3 +150,8 @@ def test_half_blocks_put_two_pixels_into_a_character() -> None:
     assert styles == ["#ff0000 on #0000ff", "#00ff00 on #090909"]
     wide = half_blocks(Image.new("RGB", (512, 256)), 80, 24)
     assert [len(line) for line in wide.plain.splitlines()] == [80] * 20
+
+
+def test_what_others_wrote_into_a_picture_cannot_paint_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_facts({"prompt": "a \x1b[31mred\ncat", "versions": {"to\x1brch": "2"}, "warnings": ["\x07ring"]})
+    assert capsys.readouterr().out == "prompt    a [31mred cat\nversions\n  to rch  2\nwarnings  ring\n"

@@ -38,9 +38,9 @@ def test_nano_knows_every_word_of_the_demo() -> None:
 def test_it_leaves_pictures_with_receipts_and_a_sheet(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[2:4])
     monkeypatch.setattr(demo, "CHAINS", (demo.CHAINS[1][:3],))
-    ended = run("demo", "--out", "demo", "--sheet", "docs/all.webp", "--steps", "1", "--size", "64")
+    ended = run("demo", "--out", "demo", "--sheet", "docs/all.png", "--steps", "1", "--size", "64")
     assert (ended.code, ended.err) == (0, "")
-    assert ended.out.splitlines()[-2] == "docs/all.webp"
+    assert ended.out.splitlines()[-2] == "docs/all.png"
     assert ended.out.splitlines()[-1].startswith("drew 3 pictures and edited 2 in ")
     names = sorted(path.name for path in (here / "demo").iterdir())
     texts = [demo.PROMPTS[0], demo.PROMPTS[1], *demo.CHAINS[0]]
@@ -52,6 +52,14 @@ def test_it_leaves_pictures_with_receipts_and_a_sheet(run: Run, here: Path, monk
     assert [receipt.data["request"]["prompt"] for receipt in receipts] == [line.text for line in texts]
     parents = [receipt.data["inputs"][0]["receipt"] for receipt in receipts[3:]]
     assert parents == [receipt.id for receipt in receipts[2:4]]
-    with Image.open(here / "docs" / "all.webp") as sheet:
+    with Image.open(here / "docs" / "all.png") as sheet:
+        assert sheet.format == "PNG"
         assert sheet.width > 3 * 224
         assert sheet.height > 2 * 224
+
+
+def test_a_sheet_keeps_the_aspect_of_its_pictures() -> None:
+    page = demo.sheet([(Image.new("RGB", (128, 64), "red"), demo.PROMPTS[0])])
+    assert page.crop((12, 12, 236, 236)).getcolors() is not None
+    reds = [y for y in range(12, 236) if page.getpixel((124, y)) == (255, 0, 0)]
+    assert len(reds) == 112

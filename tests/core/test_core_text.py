@@ -84,6 +84,9 @@ def test_overflow(tokenizer: Tokenizer) -> None:
 def test_unknown(tokenizer: Tokenizer) -> None:
     assert tokenizer.unknown("a red xylophone, 猫 bicycles") == ["xylophone", "猫"]
     assert tokenizer.unknown("a red bicycle") == []
+    letters = Tokenizer([*SPECIALS, "fox", "##e", "##n", "##s", "o", "##v"], LENGTH)
+    assert letters.pieces("oven") == ["o", "##v", "##e", "##n"]
+    assert letters.unknown("fox foxs o oven foxes") == ["oven", "foxes"]
 
 
 @given(st.text(max_size=60))

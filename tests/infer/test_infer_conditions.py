@@ -13,7 +13,7 @@ from torch import Tensor
 from fluxloom.core import flow, shapes
 from fluxloom.core.specs import MODELS, ModelSpec
 from fluxloom.infer.conditions import Conditioning, condition
-from fluxloom.infer.pictures import to_tensor
+from fluxloom.infer.pictures import resize, to_tensor
 from fluxloom.infer.request import Reference, Request, resolve
 from fluxloom.infer.runtime import Runtime
 
@@ -51,17 +51,26 @@ def test_generate_has_two_rows_under_true_cfg(conditions: Callable[..., Conditio
 
 
 def test_edit_rows_keep_the_reference(conditions: Callable[..., Conditioning], runtime: Runtime) -> None:
-    rows = conditions(references=(Reference(photo(64, 32)),), width=48, height=48).rows
+    rows = conditions(references=(Reference(photo(64, 32)),)).rows
     latent = runtime.encode(photo(64, 32))
     for row in rows:
         assert row.context is not None
         assert torch.equal(row.context, shapes.pack(latent))
-        expected = torch.cat((shapes.image_ids(6, 6), shapes.image_ids(4, 8, index=1)))  # each in its own size
-        assert torch.equal(row.ids, expected)
+        assert torch.equal(row.ids, torch.cat((shapes.image_ids(4, 8), shapes.image_ids(4, 8, index=1))))
     assert rows[1].text is runtime.read("")
 
 
-def test_the_reference_is_resized_to_a_size_the_model_likes(runtime: Runtime) -> None:
+def test_a_model_without_preferred_sizes_sees_the_reference_place_by_place(
+    conditions: Callable[..., Conditioning], runtime: Runtime
+) -> None:
+    (row, _) = conditions(references=(Reference(photo(64, 32)),), width=48, height=80).rows
+    assert torch.equal(row.ids, torch.cat((shapes.image_ids(10, 6), shapes.image_ids(10, 6, index=1))))
+    assert row.context is not None
+    assert torch.equal(row.context, shapes.pack(runtime.encode(resize(photo(64, 32), 48, 80))))
+
+
+@pytest.mark.parametrize("given", [{}, {"width": 512, "height": 512}])
+def test_the_reference_is_resized_to_a_size_the_model_likes(runtime: Runtime, given: dict[str, int]) -> None:
     sizes: list[tuple[int, int]] = []
 
     def encode(picture: Any) -> Tensor:
@@ -69,11 +78,12 @@ def test_the_reference_is_resized_to_a_size_the_model_likes(runtime: Runtime) ->
         return torch.zeros(1, 16, picture.height // 8, picture.width // 8)
 
     spec = MODELS["flux1-kontext-dev"]
-    request = resolve(Request(prompt="x", references=(Reference(photo(400, 300)),)), spec)
+    request = resolve(Request(prompt="x", references=(Reference(photo(400, 300)),), **given), spec)
     made = condition(request, spec, runtime.read, encode)
     assert sizes == [(1184, 880)]
-    assert (request.width, request.height) == (1184, 880)
-    assert made.rows[0].ids.shape == (2 * 74 * 55, 3)
+    width, height = given.get("width", 1184), given.get("height", 880)
+    assert (request.width, request.height) == (width, height)
+    assert made.rows[0].ids.shape == (width * height // 256 + 74 * 55, 3)
 
 
 def test_times_are_shifted_by_target_tokens_alone(conditions: Callable[..., Conditioning]) -> None:

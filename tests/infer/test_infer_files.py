@@ -77,7 +77,10 @@ def test_xmp_rewritten_by_other_software() -> None:
     assert xmp.unpack(rewritten.encode()) == "x"
 
 
-@pytest.mark.parametrize("packet", [b"", b"<a", b"<a/>", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "packet",
+    [b"", b"<a", b"<a/>", b"\xff\xfe", *(b'<?xml version="1.0" encoding="%b"?><a/>' % e for e in (b"utf-32", b"no"))],
+)
 def test_foreign_xmp(packet: bytes) -> None:
     assert xmp.unpack(packet) is None
 

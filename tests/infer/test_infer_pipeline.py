@@ -103,10 +103,10 @@ def test_sizes(pipeline: Pipeline, size: tuple[int, int]) -> None:
 
 
 def test_an_edit_has_the_size_of_its_picture(pipeline: Pipeline) -> None:
-    result = draw(pipeline, references=(Reference(photo(100, 60)),))
-    assert result.image.size == (96, 64)
+    result = draw(pipeline, references=(Reference(photo(62, 33)),))
+    assert result.image.size == (64, 32)
     assert result.receipt.data["request"]["task"] == "edit"
-    assert result.receipt.data["inputs"][0]["size"] == [100, 60]
+    assert result.receipt.data["inputs"][0]["size"] == [62, 33]
 
 
 @pytest.mark.parametrize(

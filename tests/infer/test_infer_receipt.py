@@ -96,6 +96,19 @@ def test_pictures_without_a_receipt(tmp_path: Path, result: Result, name: str) -
         read_receipt(path)
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.webp"])
+def test_frames_behind_the_true_one_are_found(tmp_path: Path, result: Result, name: str) -> None:
+    path = result.save(tmp_path / name)
+    with Image.open(path) as picture:
+        picture.load()
+        notes = {"pnginfo": PngImagePlugin.PngInfo()} if path.suffix == ".png" else {"xmp": picture.info["xmp"]}
+        if path.suffix == ".png":
+            notes["pnginfo"].add_itxt(files.KEY, files.note_in(picture) or "")
+        other = Image.new("RGB", picture.size, "red")
+        picture.save(path, save_all=True, append_images=[other], lossless=True, **notes)
+    assert verify(path).state == "changed"
+
+
 def test_what_other_software_writes_is_no_receipt(tmp_path: Path) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", "a cat, steps: 20")
@@ -103,7 +116,7 @@ def test_what_other_software_writes_is_no_receipt(tmp_path: Path) -> None:
     assert verify(tmp_path / "foreign.png").state == "none"
 
 
-@pytest.mark.parametrize("note", ["", "{", "[]", "{}", "null", '{"receipt": 3, "decoded": "x"}'])
+@pytest.mark.parametrize("note", ["", "{", "[]", "{}", "null", '{"receipt": 3, "decoded": "x"}', "[" * 100_000])
 def test_notes_that_are_no_receipts(tmp_path: Path, note: str) -> None:
     verdict = verify(with_note(tmp_path / "a.png", note))
     assert (verdict.state, verdict.receipt) == ("damaged", None)

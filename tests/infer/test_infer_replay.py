@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def test_inputs_may_be_given(pipeline: Pipeline, tmp_path: Path, kind: str) -> N
     parent = draw(pipeline)
     elsewhere = parent.save(tmp_path / "elsewhere" / "a.png")
     path = edited(pipeline, parent).save(tmp_path / "edit.png")
-    with pytest.raises(ReceiptError, match="not beside it, try giving it as input"):
+    with pytest.raises(ReceiptError, match="not beside it, allowed with that picture, try giving it"):
         replay(pipeline, path)
     given = {"picture": parent.image, "path": elsewhere, "result": parent}[kind]
     assert replay(pipeline, path, [photo(), given]).verdict == "bit-exact"
@@ -160,6 +161,19 @@ def test_computes_with_the_threads_of_then(pipeline: Pipeline, tmp_path: Path) -
         torch.set_num_threads(1)
 
 
+def test_a_parent_is_drawn_again_with_its_own_threads(pipeline: Pipeline, tmp_path: Path) -> None:
+    parent = forged(draw(pipeline), lambda data: data["machine"].update(threads=2))
+    parent.save(tmp_path / "parent.jpg")
+    path = edited(pipeline, parent).save(tmp_path / "child.png")
+    used: list[int] = []
+    hook = pipeline.runtime.transformer.register_forward_hook(lambda *args: used.append(torch.get_num_threads()))
+    try:
+        assert replay(pipeline, path).receipt.data["machine"]["threads"] == 1
+    finally:
+        hook.remove()
+    assert used == [min(2, os.cpu_count() or 1)] * 3 + [1] * 2  # three steps of the parent, two of the edit
+
+
 def test_the_receipt_of_another_model(pipeline: Pipeline, tmp_path: Path) -> None:
     result = forged(draw(pipeline), lambda data: data["model"].update(name="flux9"))
     with pytest.raises(ReceiptError, match="drawn by 'flux9', allowed one by the loaded 'pico'"):
@@ -204,7 +218,7 @@ def test_a_forgery_comes_out(pipeline: Pipeline, tmp_path: Path, name: str) -> N
 
 def test_a_receipt_of_another_size(pipeline: Pipeline, tmp_path: Path) -> None:
     result = forged(draw(pipeline), lambda data: data["request"].update(width=32))
-    with pytest.raises(ReceiptError, match=r"of \(64, 48\) pixels, but its receipt draws \(32, 48\)"):
+    with pytest.raises(ReceiptError, match=r"of \(64, 48\) pixels, allowed \(32, 48\), as its receipt draws"):
         replay(pipeline, result.save(tmp_path / "a.png"))
 
 

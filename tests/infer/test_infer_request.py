@@ -17,6 +17,7 @@ from fluxloom.infer.pictures import pixel_hash
 from fluxloom.infer.pipeline import Pipeline
 from fluxloom.infer.request import MAX_SEED, Reference, Request, Result, resolve, working_size
 
+EDIT = SPEC.tasks["edit"]
 DEV, SCHNELL, KONTEXT = MODELS["flux1-dev"], MODELS["flux1-schnell"], MODELS["flux1-kontext-dev"]
 
 
@@ -98,7 +99,7 @@ def test_a_seed_left_out_is_drawn_in_32_bits() -> None:
         ({"width": 144, "height": 128}, "at most 16,384 pixels"),
         ({"width": 64.0}, "width 64.0, allowed a whole number"),
         ({"references": (Reference(photo()), Reference(photo()))}, "2 references, allowed one in this release"),
-        ({"references": (Reference(photo(), "style"),)}, "role 'style', allowed 'context'"),
+        ({"references": (Reference(photo(), "style"),)}, "role 'style', allowed context"),
     ],
 )
 def test_refusals(fields: dict[str, Any], message: str) -> None:
@@ -131,21 +132,40 @@ def test_members_refuse_what_they_cannot_do() -> None:
 
 @given(st.integers(16, 3000), st.integers(16, 3000))
 def test_every_picture_finds_an_allowed_size(width: int, height: int) -> None:
-    w, h = working_size(SPEC, width, height)
+    w, h = working_size(SPEC, EDIT, width, height)
     assert resolve(Request(prompt="x", width=w, height=h), SPEC).width == w
-    assert working_size(SPEC, w, h) == (w, h)
-    assert working_size(KONTEXT, width, height) in KONTEXT_SIZES
+    assert working_size(SPEC, EDIT, w, h) == (w, h)
+    assert working_size(KONTEXT, KONTEXT.tasks["edit"], width, height) in KONTEXT_SIZES
+
+
+@given(st.integers(600, 6000), st.floats(0.5, 2.0))
+def test_large_pictures_are_worked_on_at_the_area_of_the_task(width: int, aspect: float) -> None:
+    nano = MODELS["nano"]
+    for row in nano.tasks.values():
+        w, h = working_size(nano, row, width, round(width / aspect))
+        assert 0.85 * 256**2 < w * h <= 256**2
+        assert w / h == pytest.approx(aspect, rel=0.1)
+
+
+def test_a_photo_is_edited_by_nano_at_the_size_it_was_taught() -> None:
+    nano, reference = MODELS["nano"], (Reference(photo(4000, 3000)),)
+    got = resolve(Request(prompt="x", references=reference), nano)
+    assert (got.width, got.height) == (288, 224)
+    got = resolve(Request(prompt="x", references=reference, width=512, height=384), nano)
+    assert (got.width, got.height) == (512, 384)  # asked for
+    got = resolve(Request(prompt="x", references=(Reference(photo(192, 128)),)), nano)
+    assert (got.width, got.height) == (192, 128)  # nothing is enlarged
 
 
 def test_output_follows_the_picture_unless_given() -> None:
-    reference = (Reference(photo(90, 70)),)
+    reference = (Reference(photo(57, 50)),)
     got = resolve(Request(prompt="x", references=reference), SPEC)
-    assert (got.width, got.height) == (96, 64)
-    assert got.inputs[0].image.size == (90, 70)  # resized later, for the model; the receipt hashes what came in
-    got = resolve(Request(prompt="x", references=reference, height=48), SPEC)
-    assert (got.width, got.height) == (96, 48)
+    assert (got.width, got.height) == (64, 48)
+    assert got.inputs[0].image.size == (57, 50)  # resized later, for the model; the receipt hashes what came in
+    got = resolve(Request(prompt="x", references=reference, height=128), SPEC)
+    assert (got.width, got.height) == (64, 128)
     got = resolve(Request(prompt="x", init=photo(44, 80), steps=6), SPEC)
-    assert (got.width, got.height, got.strength, got.task) == (48, 80, 0.8, "generate")
+    assert (got.width, got.height, got.strength, got.task) == (48, 64, 0.8, "generate")
 
 
 @pytest.mark.parametrize(("strength", "steps", "first"), [(1.0, 10, 0), (0.8, 10, 1), (0.75, 8, 2), (0.05, 10, 9)])

@@ -131,7 +131,7 @@ def test_the_cache_forgets_what_was_used_longest_ago(folder: Path) -> None:
         ("a red cat", []),
         ("a red cat a red cat a blue dog", ["the prompt is too long for pico; this was cut off: blue dog"]),
         ("make it 狗 ! 狗 猫", ["pico does not know these words: 狗, !"]),
-        ("a a a a a a reds 5", ["cut off: ##s", "words: 5"]),
+        ("a a a a a a reds 5", ["cut off: s", "words: 5"]),
         ("", []),
         ("a " * 30, ["a a a … and 3 more"]),
     ],
@@ -209,12 +209,12 @@ def test_weights_of_another_shape(copy: Path) -> None:
 def test_weights_of_no_module(copy: Path) -> None:
     save_compact({"adapter.weight": torch.ones(3)}, copy)
     save_card(copy, SPEC.name, {})
-    with pytest.raises(WeightsError, match=r"no known module: adapter\.weight"):
+    with pytest.raises(WeightsError, match=r"weights adapter\.weight in .* allowed those of transformer"):
         open_model(copy)
 
 
 def test_members_with_other_text_encoders(copy: Path) -> None:
-    with pytest.raises(WeightsError, match="text tower of their own"):
+    with pytest.raises(WeightsError, match="members with their own text tower"):
         open_model(copy, MODELS["flux1-dev"])
 
 

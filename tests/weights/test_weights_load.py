@@ -239,9 +239,12 @@ def test_missing_listed_file(folder: Path) -> None:
         verified(folder)
 
 
-def test_unlisted_shard(folder: Path) -> None:
-    (folder / "model-00009-of-00009.safetensors").write_bytes(b"")
-    with pytest.raises(WeightsError, match="does not list: model-00009"):
+@pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", "vocab.txt"])
+def test_unlisted_files(folder: Path, name: str) -> None:
+    card = json.loads((folder / "card.json").read_text())
+    del card["files"][name]
+    (folder / "card.json").write_text(json.dumps(card))
+    with pytest.raises(WeightsError, match=f"does not list: {name}"):
         verified(folder)
 
 

@@ -25,7 +25,8 @@ app = typer.Typer(add_completion=False)
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("demo"),
     page: Annotated[
-        Path | None, typer.Option("--sheet", help="File of the contact sheet: .png, .jpg or .webp.", show_default="sheet.webp in --out")
+        Path | None,
+        typer.Option("--sheet", help="Contact sheet: .png, .jpg or .webp.", show_default="sheet.webp in --out"),
     ] = None,
     size: options.Size = None,
     steps: options.Steps = None,

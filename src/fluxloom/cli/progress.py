@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from fluxloom.infer.pipeline import Preview
 
-_EVERY = 2  # steps between two looks: decoding one takes as long as half a step
+_EVERY = 2  # steps between two looks: decoding one takes as long as a step
 
 
 class Watch:

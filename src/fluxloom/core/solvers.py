@@ -147,7 +147,7 @@ def adaptive(x: Tensor, times: Times, tolerance: float = 0.02) -> Run:
         error = dt * (-5 / 72 * k1 + k2 / 12 + k3 / 9 - k4 / 8)
         ratio = float(error.norm() / (tolerance * x_next.norm().clamp_min(1e-8)))
         if not isfinite(ratio):
-            raise Failure(f"got a velocity that is not finite near t = {t:.4f}; try another solver or dtype")
+            raise Failure(f"got a velocity that is not finite near t = {t:.4f}, allowed finite ones, try euler")
         if ratio <= 1 or abs(dt) <= smallest:
             x0 = estimate_x0(x, k1, t)
             x, t, k1 = x_next, t_next, k4

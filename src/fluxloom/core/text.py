@@ -67,8 +67,13 @@ class Tokenizer:
         return self.pieces(text)[self.max_length - 1 :]
 
     def unknown(self, text: str) -> list[str]:
-        """The words of which no piece is known."""
-        return [word for word in split_words(text) if self._pieces_of(word) == ["[UNK]"]]
+        """The words of which a piece is not known, or that are known only letter by letter (two or more; an ``##s``
+        alone is a plural): those were never learned."""
+        return [word for word in split_words(text) if self._is_unknown(self._pieces_of(word))]
+
+    @staticmethod
+    def _is_unknown(pieces: Sequence[str]) -> bool:
+        return pieces == ["[UNK]"] or sum(len(piece.removeprefix("##")) == 1 for piece in pieces) > 1
 
     def _pieces_of(self, word: str) -> list[str]:
         out: list[str] = []

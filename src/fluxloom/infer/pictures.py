@@ -104,7 +104,7 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         except Image.DecompressionBombError as error:
             raise BadInput(f"got {name}, allowed at most {MAX_PIXELS:,} pixels, try a smaller one") from error
         except Exception as error:  # decoders raise whatever damaged bytes lead them to
-            raise BadInput(f"got {name}, which cannot be read ({error}), allowed a whole picture, try another") from error
+            raise BadInput(f"got {name}, which cannot be read ({error}), allowed a whole picture, try one") from error
 
 
 def _check_size(picture: Image.Image, name: str) -> None:

@@ -63,7 +63,7 @@ def replay(
     result = _redraw(pipeline, receipt, [*inputs, *_beside(Path(path))], observe)
     if result.image.size != rgb.size:
         name, drawn = os.fspath(path), result.image.size
-        raise ReceiptError(f"got {name!r} of {rgb.size} pixels, allowed {drawn}, as its receipt draws, try the original")
+        raise ReceiptError(f"got {name!r} of {rgb.size} pixels, allowed {drawn}, as its receipt draws, try another")
     form = found.format if found.format in ("JPEG", "WEBP") else "PNG"  # other formats, too, lose nothing
     largest, psnr = difference(rgb, files.through(result.image, form, verdict.quality))
     causes = tuple(_causes(receipt, result.receipt))
@@ -114,7 +114,7 @@ def _redraw(
         asked: dict[str, Any] = {field: receipt.data["request"][field] for field in _SAME_NAME}
         wanted = [_Wanted(**entry) for entry in receipt.data["inputs"]]
     except (KeyError, TypeError) as error:
-        raise ReceiptError(f"got a receipt without all its parts ({error}), allowed whole ones, try the original") from error
+        raise ReceiptError(f"got a receipt without all its parts ({error}), allowed whole ones, try another") from error
     found = {entry.role: _locate(pipeline, entry, candidates) for entry in wanted}
     asked["references"] = (Reference(found["context"]),) if "context" in found else ()
     with _threads(receipt.data["machine"].get("threads")):

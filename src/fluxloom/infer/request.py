@@ -288,8 +288,7 @@ def _input(picture: Picture, role: str) -> Input:
         parent = picture.receipt if pixels == picture.receipt.pixels else None  # its image may have been drawn on
         return Input(role=role, image=rgb, pixels=pixels, file=None, receipt=parent.id if parent else None)
     if not isinstance(picture, (Image.Image, str, os.PathLike)):
-        kind = type(picture).__name__
-        raise BadInput(f"got {kind} as picture, allowed a path, a PIL image or a Result, try the path of a file")
+        raise BadInput(f"got {type(picture).__name__} as picture, allowed a path, a PIL image or a Result, try a path")
     found, rgb = read(picture)
     verdict = examine(found, rgb)
     return Input(

@@ -53,7 +53,7 @@ class Runtime:
         state = load_compact(sorted(folder.glob(SHARDS)))
         text = spec.text
         if text is None:
-            raise WeightsError(f"got a folder {folder} for {spec.name}, allowed models with a text tower, try nano")
+            raise WeightsError(f"got {folder} for {spec.name}, allowed members with their own text tower, try nano")
         modules = ("transformer", "autoencoder", "text")
         unknown = [key for key in state if key.partition(".")[0] not in modules]
         if unknown:

@@ -188,11 +188,11 @@ def _swap_halves(tensor: Tensor) -> Tensor:
 
 def _need(fits: bool, name: str, tensor: Tensor, want: str) -> None:
     if not fits:
-        raise WeightsError(f"got {name} of shape {list(tensor.shape)}; need {want}")
+        raise WeightsError(f"got {name} of shape {list(tensor.shape)}, allowed {want}, try another spec")
 
 
 def _need_exactly(names: Set[str], state: State) -> None:
     for what, keys in (("missing", names - state.keys()), ("unknown", state.keys() - names)):
         if keys:
             some = ", ".join(sorted(keys)[:5]) + (", ..." if len(keys) > 5 else "")
-            raise WeightsError(f"got {len(keys)} {what} tensors ({some}); allowed: exactly {len(names)}")
+            raise WeightsError(f"got {len(keys)} {what} tensors ({some}), allowed exactly {len(names)}, try another")

@@ -101,7 +101,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     faults = [f"{name}: {_first(keys)}" for name, keys in found.items() if keys]
     if faults:
         name = type(module).__name__
-        raise WeightsError(f"got weights that do not fit {name}: {'; '.join(faults)}, allowed its own, try another file")
+        raise WeightsError(f"got weights that do not fit {name}: {'; '.join(faults)}, allowed its own, try others")
     module.load_state_dict(state, assign=True)
 
 
@@ -162,7 +162,9 @@ def read_card(folder: Path | str) -> dict[str, Any]:
         card = json.loads(path.read_text("utf-8"))
         known = isinstance(card["model"], str) and isinstance(card["files"], dict)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"got no usable model card {path} ({type(error).__name__}: {error}), try fetching it anew") from error
+        raise WeightsError(
+            f"got no usable model card {path} ({type(error).__name__}: {error}), try fetching it anew"
+        ) from error
     if not known or card.get("schema") != SCHEMA:
         raise WeightsError(
             f"got a model card {path} of another kind, allowed schema {SCHEMA} with a model and its files, try another"
