@@ -9,7 +9,7 @@ from fluxloom import world
 from fluxloom.core.text import Tokenizer
 from fluxloom.recipes import nano
 from fluxloom.train.autoencoder import kl_to_normal, reconstruction_loss
-from fluxloom.train.data import Chunks, DataSpec, Pool, token_any
+from fluxloom.train.data import Chunks, DataSpec, Pool, token_any, warm_atlas
 from fluxloom.train.model import Trainee, flow_loss
 from fluxloom.train.optim import Optimiser, is_hidden_matrix
 
@@ -42,6 +42,20 @@ def test_chunks_are_a_function_of_their_index() -> None:
     assert not torch.equal(a[2]["draw.image"], a[1]["draw.image"])
     assert a[0]["edit.source"].shape == (2, 64, 64, 3)
     assert a[0]["edit.weight"].shape == (2, 16)
+
+
+def test_a_warm_atlas_decodes_nothing_more() -> None:
+    cache, stamps = world.load_atlas().sprite, world.load_atlas().stamp
+    cache.cache_clear()
+    stamps.cache_clear()
+    warm_atlas(world.Mix.scenes())
+    decoded = cache.cache_info().misses
+    backdrop = world.Backdrop("plain", None, None, None, "blue", (0,) * 6)
+    for style in world.STYLES:
+        world.render(world.Scene(backdrop, style, (world.Item("dog", 0.5, 0.95, 0.8),)), 256)
+    assert cache.cache_info().misses == decoded
+    world.render(world.Scene(backdrop, "3d", (world.Item("car", 0.5, 0.95, 0.8, "red"),)), 256)
+    assert cache.cache_info().misses == decoded + 1
 
 
 def test_token_any() -> None:

@@ -9,9 +9,11 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
+from PIL import ImageFont
 
 from fluxloom import world
 from fluxloom.recipes.atlas import is_truly, paper_inside, read_table, trim
+from fluxloom.world import preview
 from fluxloom.world.atlas import RESERVED_STYLES, STYLES, Atlas
 from fluxloom.world.colours import name_shares
 from fluxloom.world.preview import contact_sheet
@@ -67,7 +69,6 @@ def test_repainted_things_really_have_their_colour(style: str) -> None:
     for key in list(atlas.concepts)[::7]:
         concept = atlas.concept(key)
         for colour in concept.colours:
-            # What is drawn went through WebP after the builder measured it: allow the closest calls to differ.
             checked += 1
             controls += is_truly(unpremultiplied(atlas.sprite(key, style)), colour)
             assert is_truly(unpremultiplied(atlas.sprite(key, style, colour)), colour), (key, colour)
@@ -107,6 +108,18 @@ def test_trim_and_paper() -> None:
 def test_the_world_needs_no_torch() -> None:
     code = "import sys, fluxloom.world; fluxloom.world.load_atlas(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_sheet_without_chinese_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(font: preview.Font | None) -> np.ndarray:
+        monkeypatch.setattr(preview, "chinese_font", lambda size: font)
+        return np.asarray(contact_sheet(3, scenes=1, edits=0, columns=6, size=64))
+
+    silent, told = drawn(ImageFont.load_default(11)), drawn(None)
+    assert (silent[: preview.HEAD, :64] == told[preview.HEAD : 2 * preview.HEAD, :64]).all()
+    note = told[: preview.HEAD]
+    assert (note[-2:] == 255).all()
+    assert 0.02 < (note.mean(-1) < 128).mean() < 0.3
 
 
 def test_contact_sheet() -> None:

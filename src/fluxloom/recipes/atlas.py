@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from fluxloom.errors import BadInput
+from fluxloom.world.atlas import RESERVED_STYLES, STYLES
 from fluxloom.world.colours import Pixels, name_shares, recolour
 
 RASTER = "lobehub-fluent-emoji-3d"
@@ -38,7 +39,6 @@ VECTORS = {
     "cartoon": "iconify-json-noto",
     "line": "iconify-json-fluent-emoji-high-contrast",
 }
-STYLES = ("3d", *VECTORS)
 LONG_SIDE = 176  # pixels; keeps the whole atlas under 4 MB and large sprites sharp at 256 px
 QUALITY = 84
 LETTERS = {
@@ -61,8 +61,9 @@ COLUMNS = (
 )
 
 
-def read_table(path: Path | None = None) -> list[dict[str, str]]:
-    lines = (path or Path(__file__).with_name("concepts.tsv")).read_text(encoding="utf-8").splitlines()
+def read_table() -> list[dict[str, str]]:
+    """The curated table, one row a concept; refused where two concepts share a name."""
+    lines = Path(__file__).with_name("concepts.tsv").read_text(encoding="utf-8").splitlines()
     rows = [dict(zip(COLUMNS, line.split("|"), strict=True)) for line in lines if line and line[0] != "#"]
     for language in ("en", "zh"):
         seen: dict[str, str] = {}
@@ -152,7 +153,7 @@ def true_colours(sprites: dict[str, Pixels], candidates: str) -> list[str]:
     good = []
     for letter in candidates.lstrip("*"):
         colour = LETTERS[letter]
-        if all(is_truly(recolour(s, colour, candidates[:1] == "*"), colour) for k, s in sprites.items() if k != "line"):
+        if all(is_truly(recolour(sprites[s], colour, candidates[:1] == "*"), colour) for s in STYLES):
             good.append(colour)
     return good
 
@@ -194,8 +195,8 @@ def build(packages: Path, out: Path) -> Iterator[str]:
     out.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(out / "atlas.zip", "w", zipfile.ZIP_STORED) as archive:
         for row in read_table():
-            found = {s: d for s in STYLES if (d := drawings.drawing(s, row["code"])) is not None}
-            if missing := {"3d", "flat", "cartoon"} - found.keys():
+            found = {s: d for s in (*STYLES, *RESERVED_STYLES) if (d := drawings.drawing(s, row["code"])) is not None}
+            if missing := set(STYLES) - found.keys():
                 raise BadInput(f"concepts.tsv: {row['en']} ({row['code']}) has no drawing in {sorted(missing)}")
             files = {s: webp(trim(paper_inside(d) if s == "line" else d)) for s, d in found.items()}
             # Measured on what ships: WebP moves colours a little.

@@ -29,6 +29,7 @@ from fluxloom import world
 from fluxloom.core.autoencoder import Autoencoder
 from fluxloom.core.specs import MODELS, AutoencoderSpec, ModelSpec, TextSpec, TransformerSpec
 from fluxloom.core.text import SPECIALS, Tokenizer, split_words
+from fluxloom.errors import BadInput
 from fluxloom.train.autoencoder import AutoencoderRun, fit_autoencoder, latent_statistics
 from fluxloom.train.data import Chunks, DataSpec, Pool, to_unit
 from fluxloom.train.loop import Rank, RunSpec, Stage, Trainer
@@ -151,6 +152,8 @@ def _tokenizer(out: Path, spec: ModelSpec) -> Tokenizer:
 def make_autoencoder(out: Path, spec: AutoencoderRun) -> dict[str, float]:
     """Train the autoencoder, write it to ``out/autoencoder`` and return its latent statistics and quality."""
     rank = Rank.find()
+    if rank.count > 1:
+        raise BadInput(f"got {rank.count} processes for the autoencoder, allowed 1, try python instead of torchrun")
     model = fit_autoencoder(
         spec,
         rank.device,

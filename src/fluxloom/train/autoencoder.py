@@ -80,9 +80,9 @@ def fit_autoencoder(
         with torch.no_grad():
             torch._foreach_lerp_(average, list(model.parameters()), 1 - min(run.ema, (1 + step) / (10 + step)))
         if log is not None and step % 100 == 0:
-            error = F.mse_loss(out.detach().float().clamp(-1, 1), x)
-            log({"step": step, "loss": float(rebuilt.detach()), "kl": float(kl.detach()), "psnr": float(10 * torch.log10(4 / error)),
-                 "seconds": time.monotonic() - start})  # fmt: skip
+            psnr = 10 * torch.log10(4 / F.mse_loss(out.detach().float().clamp(-1, 1), x))
+            row = {"loss": rebuilt, "kl": kl, "psnr": psnr}
+            log({"step": step, "seconds": time.monotonic() - start, **{k: float(v.detach()) for k, v in row.items()}})
     with torch.no_grad():
         torch._foreach_copy_(list(model.parameters()), average)
     finished = Autoencoder(run.spec)

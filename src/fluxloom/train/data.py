@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from fluxloom import world
 from fluxloom.core.shapes import TOKEN
 from fluxloom.core.text import Tokenizer
+from fluxloom.world.words import Language
 
 Chunk = dict[str, Tensor]
 TEXTS = 2  # texts drawn for each sample: a latent is used several times, each time with one of them
@@ -41,14 +43,8 @@ class Chunks(Dataset[Chunk]):
     """Chunk ``index`` of a rank, rendered on demand."""
 
     def __init__(self, spec: DataSpec, tokenizer: Tokenizer, seed: int, rank: int, first: int, count: int) -> None:
-        self.spec, self.tokenizer, self.seed, self.rank, self.first, self.count = (
-            spec,
-            tokenizer,
-            seed,
-            rank,
-            first,
-            count,
-        )
+        self.spec, self.tokenizer = spec, tokenizer
+        self.seed, self.rank, self.first, self.count = seed, rank, first, count
 
     def __len__(self) -> int:
         return self.count
@@ -65,7 +61,7 @@ class Chunks(Dataset[Chunk]):
             picture = world.render(scene, spec.size)
             images.append(picture.pixels)
             weights.append(self._item_weights(picture.items))
-            ids.append(self._texts(rng, lambda language, scene=scene: world.caption(scene, rng, language=language)))
+            ids.append(self._texts(rng, partial(world.caption, scene, rng)))
         return _stack("draw", {"image": images, "weight": weights, "ids": ids})
 
     def _edits(self, rng: random.Random) -> Chunk:
@@ -79,7 +75,7 @@ class Chunks(Dataset[Chunk]):
             changed = np.where(token_any(pair.change), spec.change_weight, 1.0).astype(np.float16)
             # An edit that redraws most of the picture says nothing by its mask: fall back to equal weights.
             weights.append(changed if pair.change.mean() < 0.6 else np.ones_like(changed))
-            ids.append(self._texts(rng, lambda language, edit=edit: edit.instruction(rng, language)))
+            ids.append(self._texts(rng, partial(edit.instruction, rng)))
         return _stack("edit", {"source": sources, "image": targets, "weight": weights, "ids": ids})
 
     def _item_weights(self, items: np.ndarray) -> np.ndarray:
@@ -87,8 +83,8 @@ class Chunks(Dataset[Chunk]):
         weights = np.where(token_any(items > 0), self.spec.item_weight, 1.0)
         return np.where(token_any(items == 255), self.spec.sign_weight, weights).astype(np.float16)
 
-    def _texts(self, rng: random.Random, write: Callable[[str], str]) -> np.ndarray:
-        languages = ["zh" if rng.random() < self.spec.chinese else "en" for _ in range(TEXTS)]
+    def _texts(self, rng: random.Random, write: Callable[[Language], str]) -> np.ndarray:
+        languages: list[Language] = ["zh" if rng.random() < self.spec.chinese else "en" for _ in range(TEXTS)]
         return np.array([self.tokenizer.encode(write(language)) for language in languages], dtype=np.int16)
 
 
@@ -104,6 +100,8 @@ def _stack(prefix: str, parts: dict[str, list[np.ndarray]]) -> Chunk:
 
 def load_chunks(chunks: Chunks, workers: int) -> Iterator[Chunk]:
     """Chunks in order, rendered ahead by ``workers`` processes (0: here)."""
+    if workers:
+        warm_atlas(chunks.spec.mix)
     loader: DataLoader[Chunk] = DataLoader(
         chunks,
         batch_size=None,
@@ -115,12 +113,12 @@ def load_chunks(chunks: Chunks, workers: int) -> Iterator[Chunk]:
     return iter(loader)
 
 
-def warm_atlas() -> None:
-    """Decode every sprite once, before worker processes fork and share them."""
+def warm_atlas(mix: world.Mix) -> None:
+    """Decode every sprite of the mix once, before worker processes fork and share them."""
     atlas = world.load_atlas()
-    for key, concept in atlas.concepts.items():
-        for style in concept.pixels:
-            atlas.sprite(key, style, None)
+    for style, _ in mix.styles:
+        for key in atlas.concepts:
+            atlas.sprite(key, style, None, 0)  # spelled as the renderer does: the cache looks at the arguments
 
 
 def _one_thread(_worker: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fluxloom.core.autoencoder import Autoencoder
 from fluxloom.core.specs import ModelSpec
 from fluxloom.core.text import Tokenizer
-from fluxloom.train.data import Chunk, Chunks, DataSpec, Pool, load_chunks, warm_atlas
+from fluxloom.train.data import Chunk, Chunks, DataSpec, Pool, load_chunks
 from fluxloom.train.model import Trainee, flow_loss
 from fluxloom.train.optim import Optimiser
 
@@ -225,10 +225,9 @@ class Feed:
         per_chunk = max(data.draws, data.edits)
         first_fill = math.ceil(max(stage.draws, stage.edits) * 2 / per_chunk)
         chunks_by_now = first_fill + trainer.step // stage.refresh
-        ring = math.ceil(stage.pool / min(n for n in (data.draws, data.edits) if n)) if stage.pool else 0
+        ring = math.ceil(stage.pool / min(n for n in (data.draws, data.edits) if n))
         first = max(0, chunks_by_now - ring)
         count = run.steps // stage.refresh + first_fill + 1 - first
-        warm_atlas()
         self.pool = Pool(stage.pool, trainer.encode, rank.device)
         # Slots are a function of the samples ever written, so a resumed ring is the same ring.
         self.pool.written = {"draw": first * data.draws, "edit": first * data.edits}

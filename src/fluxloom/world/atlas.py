@@ -95,7 +95,7 @@ class Atlas:
     def __init__(self, table: bytes, archive: bytes) -> None:
         self.concepts = {key: _concept(key, row) for key, row in json.loads(table).items()}
         self._archive = zipfile.ZipFile(io.BytesIO(archive))
-        # One worker of a training run holds at most 2,200 sprites of 124 kB and their halves.
+        # One worker of a training run holds at most 2,500 sprites of 124 kB and their halves.
         self.sprite = lru_cache(8192)(self._sprite)
         self.stamp = lru_cache(96)(self._stamp)
 

@@ -47,9 +47,7 @@ def _skyline(s: Setting, base: float, tall: float, haze: float, key: str, window
                             if s.night
                             else mix(wall, (226, 240, 255), 0.62)
                         )
-                        c.poly(
-                            [(wx, wy), (wx + wide * 0.18, wy), (wx + wide * 0.18, wy + 0.03), (wx, wy + 0.03)], glass
-                        )
+                        c.rect(wx, wy, wx + wide * 0.18, wy + 0.03, glass)
         if c.style == "cartoon":
             c.line([(x, base), (x, top), (x + wide, top), (x + wide, base)], darker(wall, 0.45), 0.006)
         x += wide + rng.uniform(-0.01, 0.02)
@@ -65,7 +63,7 @@ def city(s: Setting) -> None:
         s.decor("bush" if k % 2 else "tree", rng.random(), 0.745, 0.1 if k % 2 else 0.2, rng.randrange(4))
     walk: RGB = (232, 238, 246) if white else (198, 196, 200)
     c.gradient((lit(walk), lit(darker(walk, 0.1))), 0.735, 0.83)
-    c.poly([(0, 0.82), (1, 0.82), (1, 0.836), (0, 0.836)], lit((156, 154, 162)))
+    c.rect(0, 0.82, 1, 0.836, lit((156, 154, 162)))
     road: RGB = (176, 182, 194) if white else (96, 98, 110)
     c.gradient((lit(road), lit(darker(road, 0.18))), 0.835, 1.0)
     for k in range(4):
@@ -122,7 +120,7 @@ def room(s: Setting) -> None:
     if rng.random() < 0.6:
         for k in range(13):
             x = 0.04 + k / 13
-            c.poly([(x, 0), (x + 0.03, 0), (x + 0.03, 0.72), (x, 0.72)], mix(wall, (255, 255, 255), 0.16))
+            c.rect(x, 0, x + 0.03, 0.72, mix(wall, (255, 255, 255), 0.16))
     _window(s, light, rng.choice((0.2, 0.24, 0.76, 0.8)))
     wood: RGB = rng.choice(((196, 142, 92), (172, 118, 76), (214, 168, 116)))
     planks = light.on(wood)
@@ -133,7 +131,7 @@ def room(s: Setting) -> None:
     for k in range(9):
         x = (k - 4) / 4
         c.line([(0.5 + x * 0.5, 0.75), (0.5 + x * 0.86, 1.0)], darker(planks, 0.13), 0.004)
-    c.poly([(0, 0.715), (1, 0.715), (1, 0.745), (0, 0.745)], light.on((248, 246, 240)))
+    c.rect(0, 0.715, 1, 0.745, light.on((248, 246, 240)))
     rug: RGB = rng.choice(((206, 96, 96), (98, 132, 186), (116, 164, 128), (222, 176, 96)))
     c.oval(0.5, 0.91, 0.42, 0.075, light.on(rug))
     c.oval(0.5, 0.91, 0.36, 0.058, light.on(lighter(rug, 0.22)))
@@ -142,15 +140,7 @@ def room(s: Setting) -> None:
 def _window(s: Setting, light: Light, x: float) -> None:
     c, time = s.canvas, s.backdrop.time or "day"
     half, top, bottom = 0.135, 0.14, 0.5
-    c.poly(
-        [
-            (x - half - 0.02, top - 0.02),
-            (x + half + 0.02, top - 0.02),
-            (x + half + 0.02, bottom + 0.02),
-            (x - half - 0.02, bottom + 0.02),
-        ],
-        light.on((250, 248, 244)),
-    )
+    c.rect(x - half - 0.02, top - 0.02, x + half + 0.02, bottom + 0.02, light.on((250, 248, 244)))
     pane: list[Point] = [(x - half, top), (x + half, top), (x + half, bottom), (x - half, bottom)]
     c.shaded(pane, sky_colours(time, "clear"), 4 if c.flat else 0)
     if time == "night":
@@ -305,4 +295,4 @@ def paint_place(s: Setting) -> None:
         paint_sky(s, horizon)
     painter(s)
     if s.backdrop.weather == "fog":
-        paint_fog(s, horizon)
+        paint_fog(s)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from fluxloom.world.atlas import load_atlas
-from fluxloom.world.scene import Backdrop, Scene, relations
+from fluxloom.world.scene import COLOURLESS_FILTERS, Backdrop, Scene, relations
 from fluxloom.world.split import Split
 from fluxloom.world.words import Language, colour_word, fixed, noun, say
 
@@ -47,7 +47,7 @@ def environment(
 
 def _natural(scene: Scene, rng: random.Random) -> Scene:
     """Now and then say the colour that a thing has by itself."""
-    if scene.filter in ("pencil", "mono"):
+    if scene.filter in COLOURLESS_FILTERS:
         return replace(scene, items=tuple(replace(i, colour=None) for i in scene.items))
     items = []
     for item in scene.items:

@@ -150,13 +150,13 @@ def arrange(rng: random.Random, concepts: list[Concept], layout: str, lo: float 
     return row(rng, concepts, lo, hi)
 
 
-def sample_sign(rng: random.Random, alone: bool = False) -> Sign:
+def sample_sign(rng: random.Random) -> Sign:
     """A sign at one side, its capitals between a twelfth and a sixth of the picture high."""
     text = rng.choice(SIGN_WORDS)
     per_letter = lettering_width(text) + 0.9
     letters = min(rng.uniform(0.095, 0.16), 0.5 / per_letter)
     half = letters * per_letter / 2
-    x = 0.5 if alone else rng.choice((half + 0.03, 1 - half - 0.03))
+    x = rng.choice((half + 0.03, 1 - half - 0.03))
     return Sign(text, x, rng.uniform(0.84, 0.94), max(letters, 1 / 12))
 
 

@@ -114,6 +114,9 @@ class Canvas:
     def poly(self, points: Sequence[Point], colour: RGB) -> None:
         cv2.fillPoly(self.pixels, [self._fixed(points)], colour, cv2.LINE_AA, SHIFT)
 
+    def rect(self, left: float, top: float, right: float, bottom: float, colour: RGB) -> None:
+        self.poly([(left, top), (right, top), (right, bottom), (left, bottom)], colour)
+
     def line(self, points: Sequence[Point], colour: RGB, width: float, least: int = 1) -> None:
         cv2.polylines(self.pixels, [self._fixed(points)], False, colour, self.width(width, least), cv2.LINE_AA, SHIFT)
 

@@ -32,6 +32,8 @@ CHINESE_FONTS = (
     "msyh*",
     "simhei*",
 )
+HEAD = 18  # pixels over the pictures for this note:
+NO_CHINESE = "The Chinese texts are left out: no font for them was found on this machine. Noto Sans CJK would do."
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -57,7 +59,7 @@ def contact_sheet(
 ) -> Image.Image:
     """Scenes with their captions, then edits as source, target and changed pixels with their instruction.
 
-    Chinese texts are printed below the English ones where the machine has a font for them.
+    Chinese texts are printed below the English ones; where the machine has no font for them, the sheet says so.
     """
     rng, mix = random.Random(seed), mix or Mix.scenes()
     latin, chinese = ImageFont.load_default(11), chinese_font(11)
@@ -94,11 +96,13 @@ def _sheet(
             x, row = 0, row + (x > 0)
         spots.append((x, row, len(pictures)))
         x += len(pictures)
-    step = size + text_height
-    sheet = Image.new("RGB", (columns * (size + 4), (row + 1) * step), "white")
+    step, head = size + text_height, 0 if chinese else HEAD
+    sheet = Image.new("RGB", (columns * (size + 4), head + (row + 1) * step), "white")
     draw = ImageDraw.Draw(sheet)
+    if not chinese:
+        draw.text((2, 2), NO_CHINESE, "black", latin)
     for (pictures, english, other), (x, row, wide) in zip(cells, spots, strict=True):
-        left, top = x * (size + 4), row * step
+        left, top = x * (size + 4), head + row * step
         for k, picture in enumerate(pictures):
             sheet.paste(Image.fromarray(picture), (left + k * size, top))
         letters = max(8, wide * size // 6)

@@ -116,29 +116,12 @@ def sign_box(sign: Sign) -> tuple[float, float, float, float]:
 
 def _draw_sign(canvas: Canvas, marks: Pixels, sign: Sign, backdrop: Backdrop) -> None:
     size = canvas.size
-    tint = item_light(backdrop.place, backdrop.time, backdrop.weather)
-
-    lit = tint.on
-
+    lit = item_light(backdrop.place, backdrop.time, backdrop.weather).on
     left, top, right, bottom = sign_box(sign)
     canvas.spot(sign.x, sign.y, 0.09, 0.02, (14, 18, 40), 0.4, canvas.flat)
-    post = [
-        (sign.x - 0.018, bottom - 0.01),
-        (sign.x + 0.018, bottom - 0.01),
-        (sign.x + 0.018, sign.y),
-        (sign.x - 0.018, sign.y),
-    ]
-    canvas.poly(post, lit((120, 78, 46)))
-    edge = 0.012
-    canvas.poly(
-        [
-            (left - edge, top - edge),
-            (right + edge, top - edge),
-            (right + edge, bottom + edge),
-            (left - edge, bottom + edge),
-        ],
-        lit((112, 70, 38)),
-    )
+    post, edge = 0.018, 0.012
+    canvas.rect(sign.x - post, bottom - 0.01, sign.x + post, sign.y, lit((120, 78, 46)))
+    canvas.rect(left - edge, top - edge, right + edge, bottom + edge, lit((112, 70, 38)))
     board = [(left, top), (right, top), (right, bottom), (left, bottom)]
     canvas.shaded(board, (lit((240, 200, 140)),) if canvas.flat else (lit((248, 212, 154)), lit((226, 180, 120))))
     for k in (0.3, 0.68):
@@ -154,7 +137,7 @@ def _draw_sign(canvas: Canvas, marks: Pixels, sign: Sign, backdrop: Backdrop) ->
         canvas.blend(ink, np.ascontiguousarray(mask[sy, sx]), xs.start, ys.start)
     for x0f, y0f, x1f, y1f in (
         (left - edge, top - edge, right + edge, bottom + edge),
-        (post[0][0], bottom, post[1][0], sign.y),
+        (sign.x - post, bottom, sign.x + post, sign.y),
     ):
         ya, yb, xa, xb = (min(size, max(0, round(v * size))) for v in (y0f, y1f, x0f, x1f))
         marks[ya:yb, xa:xb] = SIGN_MARK

@@ -15,8 +15,7 @@ COLOURLESS_FILTERS = ("pencil", "mono")
 LAYERS = ("sky", "clouds", "far", "ground", "details", "fall")
 WALLS = ("blue", "green", "pink", "yellow", "orange", "purple", "red", "white", "black", "brown")
 
-_ALL_WEATHER = ("clear", "cloudy", "rain", "snow", "fog", "thunderstorm")
-_NO_SNOW = ("clear", "cloudy", "rain", "fog", "thunderstorm")
+_NO_SNOW = tuple(weather for weather in WEATHERS if weather != "snow")
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Place:
     """Which times, weathers and seasons a place knows; an empty tuple means that it has none."""
 
     times: tuple[str, ...] = TIMES
-    weathers: tuple[str, ...] = _ALL_WEATHER
+    weathers: tuple[str, ...] = WEATHERS
     seasons: tuple[str, ...] = SEASONS
     hues: tuple[str, ...] = ()
 

@@ -203,8 +203,8 @@ def _bolt(c: Canvas, rng: random.Random, horizon: float) -> None:
     c.line(points, (255, 252, 214), 0.009, 1)
 
 
-def paint_fog(s: Setting, horizon: float) -> None:
-    """Fog over the land, thickest at the horizon."""
+def paint_fog(s: Setting) -> None:
+    """Fog over the land, thickest at two fifths of the height: about the horizon, wherever that is."""
     pale = lighter(s.low_sky, 0.12)
     s.canvas.veil((pale, pale), (0.25, 0.62, 0.72, 0.55, 0.38, 0.3))
 

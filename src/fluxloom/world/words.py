@@ -42,8 +42,8 @@ def fixed(language: Language, key: str) -> str:
     return str(phrases()[language][key])
 
 
-LIKE_A = ("unicorn", "ufo", "university", "one", "european", "used")
-LIKE_AN = ("hourglass", "hour", "honest")
+LIKE_A = ("unicorn", "ufo")
+LIKE_AN = ("hourglass",)
 
 
 def article(phrase: str) -> str:
@@ -62,20 +62,19 @@ def name_of(item: Item, rng: random.Random, language: Language) -> str:
     """The thing's name; in one of five texts a synonym."""
     concept = load_atlas().concept(item.concept)
     main, more = (concept.en, concept.en_more) if language == "en" else (concept.zh, concept.zh_more)
-    return rng.choice(more) if more and rng.random() < 0.2 else main
+    name = rng.choice(more) if more and rng.random() < 0.2 else main
+    # Synonyms that are colour phrases of their own ("red apple") would contradict a repainted thing.
+    return main if item.colour and _tells_colour(name, language) else name
 
 
 def noun(item: Item, rng: random.Random, language: Language, adjective: str = "") -> str:
     """ "a red bicycle", "一辆红色的自行车"."""
     concept = load_atlas().concept(item.concept)
     name = name_of(item, rng, language)
-    # Synonyms that are colour phrases of their own ("red apple") would contradict a repainted thing.
-    if item.colour and _tells_colour(name, language):
-        name = concept.en if language == "en" else concept.zh
+    colour = colour_word(item.colour, language) if item.colour else ""
     if language == "zh":
-        colour = f"{COLOURS[item.colour].zh}的" if item.colour else ""
-        return f"一{concept.measure}{adjective}{colour}{name}"
-    words = " ".join(filter(None, (adjective, COLOURS[item.colour].en if item.colour else "", name)))
+        return f"一{concept.measure}{adjective}{colour}{'的' if colour else ''}{name}"
+    words = " ".join(filter(None, (adjective, colour, name)))
     return words if name in concept.bare else f"{article(words)} {words}"
 
 
@@ -88,10 +87,7 @@ def _tells_colour(name: str, language: Language) -> bool:
 def definite(item: Item, rng: random.Random, language: Language) -> str:
     """ "the red bicycle", "红色的自行车"."""
     name = name_of(item, rng, language)
-    concept = load_atlas().concept(item.concept)
-    if item.colour and _tells_colour(name, language):
-        name = concept.en if language == "en" else concept.zh
-    coloured = item.colour is not None and rng.random() < 0.5
+    colour = colour_word(item.colour, language) if item.colour and rng.random() < 0.5 else ""
     if language == "zh":
-        return f"{COLOURS[item.colour].zh}的{name}" if coloured and item.colour else name
-    return f"the {COLOURS[item.colour].en} {name}" if coloured and item.colour else f"the {name}"
+        return f"{colour}的{name}" if colour else name
+    return f"the {colour} {name}" if colour else f"the {name}"
