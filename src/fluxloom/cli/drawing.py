@@ -23,9 +23,11 @@ MAX_THREADS = 1024
 
 def load(model: str, device: str = "cpu", threads: int | None = None) -> Loom:
     """The model, ready to draw."""
-    # Read when torch is loaded. Threads that spin while they wait gain nothing on an idle machine; on one that has
-    # other work, with two threads on two cores, they cost a factor of 3 to 8 (measured, nano at 256 x 256).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Read when torch is loaded. By default GNU OpenMP's threads spin long while they wait: on a machine that has other
+    # work a picture then takes 3 to 8 times as long. Never spinning costs a third on an idle one; 2,000 turns cost
+    # neither (measured, nano at 256 x 256, two threads on two cores, alone and two at a time).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     import torch
 
     from fluxloom.api import load as load_model
