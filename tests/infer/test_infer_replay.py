@@ -187,6 +187,9 @@ def test_the_receipt_of_another_model(pipeline: Pipeline, tmp_path: Path) -> Non
         lambda data: data["inputs"].append({}),
         lambda data: data["inputs"].append(3),
         lambda data: data["inputs"].append({"role": "context", "size": [64, 48]}),
+        lambda data: data["inputs"].append(
+            {"role": "context", "pixels": "sha256:0", "size": 5, "file": None, "receipt": None}
+        ),
     ],
 )
 def test_receipts_with_parts_missing(

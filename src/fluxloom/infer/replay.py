@@ -87,6 +87,13 @@ class _Wanted:
     file: str | None
     receipt: str | None
 
+    def __post_init__(self) -> None:
+        read: tuple[object, object] = (self.pixels, self.size)  # whatever the file said
+        match read:
+            case (str(), [int(), int()]):
+                return
+        raise TypeError("an input is a role, the hash of its pixels and two sides")
+
 
 @contextmanager
 def _threads(count: object) -> Iterator[None]:
