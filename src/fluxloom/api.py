@@ -17,9 +17,8 @@ from fluxloom.infer.pipeline import Pipeline, Preview
 from fluxloom.infer.replay import Replay, replay
 from fluxloom.infer.request import Picture, PromptWarning, Reference, Request, Result
 from fluxloom.infer.runtime import Runtime
-from fluxloom.weights.load import CARD, read_card
+from fluxloom.weights.load import ASSETS, CARD, read_card
 
-_ASSETS = Path(__file__).parent / "assets"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -106,7 +105,7 @@ def _find(reference: str | os.PathLike[str]) -> tuple[ModelSpec, Path]:
     name = os.fspath(reference)
     folder = Path(name)
     if reference in MODELS:  # whatever lies in the current folder; a Path is never a name
-        folder = _ASSETS / name
+        folder = ASSETS / name
     elif name and (folder / CARD).is_file():
         name = read_card(folder)["model"]
     spec = MODELS.get(name)

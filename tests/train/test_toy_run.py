@@ -16,7 +16,7 @@ from fluxloom.core.autoencoder import Autoencoder
 from fluxloom.core.text import Tokenizer
 from fluxloom.recipes import nano
 from fluxloom.train.loop import RunSpec, Trainer, rate_at
-from fluxloom.weights.load import load_compact
+from fluxloom.weights.load import load_folder
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_recipe_commands_end_to_end_and_ranks_agree(tmp_path: Path) -> None:
     (one, losses), (two, others) = (torch.load(tmp_path / f"rank{k}.pt", weights_only=True) for k in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert losses[-1]["draw"] != others[-1]["draw"], "both ranks saw the same pictures"
-    weights = load_compact(sorted((tmp_path / "model").glob("*.safetensors")))
+    weights = load_folder(tmp_path / "model")
     assert all(torch.isfinite(w).all() for w in weights.values())
 
     nano.main(["export", "--assets", str(tmp_path / "assets"), "--facts", '{"note": "toy"}', *out])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fluxloom
 from fluxloom.errors import OutputError, WeightsError
 from fluxloom.weights import load
-from fluxloom.weights.load import build, load_compact, load_strict, part, save_card, save_compact, verified
+from fluxloom.weights.load import build, load_compact, load_folder, load_strict, part, save_card, save_compact, verified
 
 NANO = Path(fluxloom.__file__).parent / "assets" / "nano"
 
@@ -45,6 +45,13 @@ def make() -> nn.Module:
 
 
 # ---------------------------------------------------------------------------------------------- shards
+
+
+def test_a_folder_is_all_its_shards(folder: Path, state: dict[str, Tensor], tmp_path: Path) -> None:
+    assert len(list(folder.glob(load.SHARDS))) > 1
+    assert load_folder(folder).keys() == state.keys()
+    with pytest.raises(WeightsError, match="got no weights in"):
+        load_folder(tmp_path / "empty")
 
 
 def test_round_trip(tmp_path: Path, state: dict[str, Tensor]) -> None:

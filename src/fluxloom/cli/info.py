@@ -47,7 +47,7 @@ def _installation() -> dict[str, Any]:
 
     import fluxloom
     from fluxloom.infer.receipt import processor, system, versions
-    from fluxloom.weights.load import read_card
+    from fluxloom.weights.load import ASSETS, read_card
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -58,5 +58,5 @@ def _installation() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
-        "nano": read_card(Path(fluxloom.__file__).parent / "assets" / "nano"),
+        "nano": read_card(ASSETS / "nano"),
     }

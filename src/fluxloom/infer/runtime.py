@@ -21,7 +21,7 @@ from fluxloom.errors import Failure, WeightsError
 from fluxloom.infer import pictures
 from fluxloom.infer.conditions import Row
 from fluxloom.infer.receipt import processor, system
-from fluxloom.weights.load import SHARDS, VOCABULARY, build, load_compact, part, verified
+from fluxloom.weights.load import VOCABULARY, build, load_folder, part, verified
 
 _CACHED_TEXTS = 64  # states of a prompt take some 50 kB for nano, 4 MB for the 12 B members
 
@@ -50,7 +50,7 @@ class Runtime:
     def from_folder(cls, folder: Path, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Runtime:
         """Load a model folder: card, shards, vocabulary. Raises WeightsError where anything does not fit."""
         content = verified(folder)
-        state = load_compact(sorted(folder.glob(SHARDS)))
+        state = load_folder(folder)
         text = spec.text
         if text is None:
             raise WeightsError(f"got {folder} for {spec.name}, allowed members with their own text tower, try nano")

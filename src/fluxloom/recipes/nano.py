@@ -1,8 +1,8 @@
 """How nano was made: vocabulary, autoencoder, then text tower and transformer together. Each run is one typed value.
 
     python -m fluxloom.recipes.nano vocabulary --out runs/nano
-    python -m fluxloom.recipes.nano autoencoder --out runs/nano --minutes 5
-    torchrun --nproc-per-node 4 -m fluxloom.recipes.nano train --out runs/nano --minutes 18
+    python -m fluxloom.recipes.nano autoencoder --out runs/nano --minutes 3.6
+    torchrun --nproc-per-node 4 -m fluxloom.recipes.nano train --out runs/nano --minutes 13
     python -m fluxloom.recipes.nano export --out runs/nano
     python -m fluxloom.recipes.nano measure --out runs/nano
 
@@ -34,10 +34,10 @@ from fluxloom.train.autoencoder import AutoencoderRun, fit_autoencoder, latent_s
 from fluxloom.train.data import Chunks, DataSpec, Pool, to_unit
 from fluxloom.train.loop import Rank, RunSpec, Stage, Trainer
 from fluxloom.train.model import Trainee, flow_loss
-from fluxloom.weights.load import build, load_compact, part, save_card, save_compact
+from fluxloom.weights.load import ASSETS, build, load_folder, part, save_card, save_compact
 
 NANO = MODELS["nano"]
-ASSETS = Path(__file__).parents[1] / "assets" / "nano"
+SHIPPED = ASSETS / NANO.name
 # One double block is the thinnest member of the family; width, heads and axes are the smallest that attention accepts.
 TOY = replace(
     NANO,
@@ -145,7 +145,7 @@ def _save_vocabulary(out: Path) -> Path:
 
 
 def _tokenizer(out: Path, spec: ModelSpec) -> Tokenizer:
-    path = out / "vocab.txt" if (out / "vocab.txt").exists() else ASSETS / "vocab.txt"
+    path = out / "vocab.txt" if (out / "vocab.txt").exists() else SHIPPED / "vocab.txt"
     return Tokenizer(path.read_text("utf-8").splitlines(), spec.text.max_length if spec.text else 0)
 
 
@@ -177,16 +177,15 @@ def round_trip(model: Autoencoder, x: Tensor) -> dict[str, float]:
 
 def load_autoencoder(folder: Path, spec: AutoencoderSpec) -> Autoencoder:
     """The autoencoder of an earlier ``make_autoencoder``, or of the shipped model."""
-    state = load_compact(sorted(folder.glob("*.safetensors")))
-    return build(lambda: Autoencoder(spec), part(state, "autoencoder"))
+    return build(lambda: Autoencoder(spec), part(load_folder(folder), "autoencoder"))
 
 
 def fit(out: Path, spec: RunSpec, start_from: Path | None = None) -> list[dict[str, float]]:
     """Train text tower and transformer; rank 0 writes the averaged weights to ``out/model`` as it goes."""
-    home = out / "autoencoder" if (out / "autoencoder").exists() else ASSETS
+    home = out / "autoencoder" if (out / "autoencoder").exists() else SHIPPED
     trainer = Trainer(spec, load_autoencoder(home, spec.spec.autoencoder), _tokenizer(out, spec.spec), out)
     if start_from is not None:
-        trainer.optimiser.start_from(load_compact(sorted(start_from.glob("*.safetensors"))))
+        trainer.optimiser.start_from(load_folder(start_from))
     losses = trainer.fit(save=lambda t: _save_weights(t.optimiser.weights(), out))
     trainer.rank.leave()
     return losses
@@ -196,10 +195,14 @@ def _save_weights(weights: dict[str, Tensor], out: Path) -> None:
     save_compact(weights, out / "model", default="int8")  # 0.1 % more loss, and small enough to carry and resume from
 
 
+def run_weights(out: Path) -> dict[str, Tensor]:
+    """All weights that a run left in its folder."""
+    return load_folder(out / "model") | load_folder(out / "autoencoder")
+
+
 def export(out: Path, assets: Path, facts: dict[str, Any]) -> None:
     """Shards, vocabulary and card as the package ships them: transformer and text in 6 bits, the autoencoder in 8."""
-    state = load_compact(sorted((out / "model").glob("*.safetensors")))
-    state |= load_compact(sorted((out / "autoencoder").glob("*.safetensors")))
+    state = run_weights(out)
     save_compact(state, assets, default="int6", overrides={"autoencoder.": "int8"})
     (assets / "vocab.txt").write_bytes((out / "vocab.txt").read_bytes())
     count = sum(tensor.numel() for tensor in state.values())
@@ -208,29 +211,26 @@ def export(out: Path, assets: Path, facts: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def measure(out: Path, assets: Path, count: int = 32) -> dict[str, dict[str, float]]:
+def measure(out: Path, assets: Path, count: int = 64) -> dict[str, dict[str, float]]:
     """What compact storage costs: the denoising losses and the autoencoder's round trip on unseen scenes, from the
     run's own weights and from the shipped ones, with the same noise, times and texts."""
     data = DataSpec(mix=world.Mix.scenes(), size=256, draws=count, edits=count)
     tokenizer = _tokenizer(out, NANO)
     chunk = Chunks(data, tokenizer, 1_000_003, 0, 0, 1)[0]
-    reference = load_autoencoder(out / "autoencoder", NANO.autoencoder)
-    pool = Pool(count, reference.encode, torch.device("cpu"))
+    pool = Pool(count, load_autoencoder(out / "autoencoder", NANO.autoencoder).encode, torch.device("cpu"))
     pool.put(chunk)
-    rows = {}
-    for name, folder in {"run": out / "model", "shipped": assets}.items():
-        state = load_compact(sorted(folder.glob("*.safetensors")))
+    pictures = to_unit(chunk["draw.image"], torch.device("cpu"))
+    empty = torch.tensor(tokenizer.encode(""))
+    rows: dict[str, dict[str, float]] = {}
+    for name, state in {"run": run_weights(out), "shipped": load_folder(assets)}.items():
         model = build(lambda: Trainee(NANO), {k: v for k, v in state.items() if not k.startswith("autoencoder.")})
-        row = {}
+        rows[name] = {}
         for kind in ("draw", "edit"):
             generator = torch.Generator().manual_seed(0)
             batch = pool.draw(kind, count, generator)
-            empty = torch.tensor(tokenizer.encode(""))
             loss = flow_loss(model, batch, mean=0.8, std=1.2, dropout=0.0, empty=empty, generator=generator)
-            row[kind] = float(loss)
-        home = out / "autoencoder" if name == "run" else assets
-        unseen = to_unit(chunk["draw.image"], torch.device("cpu"))
-        rows[name] = row | round_trip(load_autoencoder(home, NANO.autoencoder), unseen)
+            rows[name][kind] = float(loss)
+        rows[name] |= round_trip(build(lambda: Autoencoder(NANO.autoencoder), part(state, "autoencoder")), pictures)
     return rows
 
 
@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, help="end by the clock")
     parser.add_argument("--start-from", type=Path, help="folder of compact weights to go on from")
-    parser.add_argument("--assets", type=Path, default=ASSETS, help="where export writes")
+    parser.add_argument("--assets", type=Path, default=SHIPPED, help="where export writes")
     parser.add_argument("--facts", type=json.loads, default={}, help="what else the model card should say, as JSON")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, seconds on a processor")
     args = parser.parse_args(arguments)

@@ -14,6 +14,7 @@ from fluxloom.core.autoencoder import Autoencoder, sample_posterior
 from fluxloom.core.specs import AutoencoderSpec
 from fluxloom.core.text import SPECIALS, Tokenizer
 from fluxloom.train.data import Chunks, DataSpec, load_chunks, to_unit
+from fluxloom.train.optim import average_decay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ def fit_autoencoder(
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(average, list(model.parameters()), 1 - min(run.ema, (1 + step) / (10 + step)))
+            torch._foreach_lerp_(average, list(model.parameters()), 1 - average_decay(step, run.ema))
         if log is not None and step % 100 == 0:
             psnr = 10 * torch.log10(4 / F.mse_loss(out.detach().float().clamp(-1, 1), x))
             row = {"loss": rebuilt, "kl": kl, "psnr": psnr}

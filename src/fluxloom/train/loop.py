@@ -149,7 +149,7 @@ class Trainer:
             if now is not stage:
                 stage = now
                 feed = Feed(self, stage)
-            feed.advance()
+            feed.advance(self.step + 1)
             loss = self._update(stage, feed.pool, share)
             self.step += 1
             if self.step % self.run.log_every == 0:
@@ -235,12 +235,10 @@ class Feed:
         self.chunks: Iterator[Chunk] = load_chunks(chunks, run.workers)
         for _ in range(chunks_by_now - first):
             self.pool.put(next(self.chunks))
-        self.steps = trainer.step
 
-    def advance(self) -> None:
-        """Call once a step."""
-        self.steps += 1
-        if self.steps % self.stage.refresh == 0:
+    def advance(self, step: int) -> None:
+        """Refresh the pool for step ``step``, counted from 1."""
+        if step % self.stage.refresh == 0:
             self.pool.put(next(self.chunks))
 
 

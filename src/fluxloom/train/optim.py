@@ -15,6 +15,11 @@ def is_hidden_matrix(name: str, p: Tensor) -> bool:
     return p.ndim == 2 and "blocks." in name and "mod" not in name
 
 
+def average_decay(step: int, ema: float) -> float:
+    """Decay of a moving average that forgets its start: the horizon grows with the step until it is that of ``ema``."""
+    return min(ema, (1 + step) / (10 + step))
+
+
 class Optimiser:
     """Masters, moving average and both optimisers of one module."""
 
@@ -31,7 +36,7 @@ class Optimiser:
         names, params = zip(*module.named_parameters(), strict=True)
         self.params: tuple[nn.Parameter, ...] = params
         self.names: tuple[str, ...] = names
-        self.ema_decay, self.clip, self.lr = ema, clip, lr
+        self.ema, self.clip, self.lr = ema, clip, lr
         self.master = [p.detach().float().clone() for p in params]
         self.average = [m.clone() for m in self.master]
         # One flat buffer of gradients: a single all-reduce, a single conversion.
@@ -67,9 +72,7 @@ class Optimiser:
             optimiser.step()
         with torch.no_grad():
             torch._foreach_copy_(self.params, self.master)
-            # The average forgets its start: its horizon grows with the step until it is that of ema_decay.
-            decay = min(self.ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.average, self.master, 1 - decay)
+            torch._foreach_lerp_(self.average, self.master, 1 - average_decay(step, self.ema))
         self.gradient.zero_()
         return norm
 

@@ -19,6 +19,7 @@ from fluxloom.errors import OutputError, WeightsError
 from fluxloom.weights.formats import LIMITS, dequantise, quantise
 
 SCHEMA = 1
+ASSETS = Path(__file__).parents[1] / "assets"  # nano/ and world/, which come with the package
 CARD = "card.json"
 VOCABULARY = "vocab.txt"
 SHARDS = "model-*-of-*.safetensors"
@@ -82,6 +83,14 @@ def load_compact(files: Iterable[Path | str], dtype: torch.dtype = torch.float32
         except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise WeightsError(f"got unreadable weights {path} ({error}), try fetching the file anew") from error
     return state
+
+
+def load_folder(folder: Path | str) -> dict[str, Tensor]:
+    """:func:`load_compact` of all shards in a folder. Raises WeightsError where there are none."""
+    files = sorted(Path(folder).glob(SHARDS))
+    if not files:
+        raise WeightsError(f"got no weights in {folder}, allowed a folder with {SHARDS}, try another")
+    return load_compact(files)
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor]) -> None:

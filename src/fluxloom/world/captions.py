@@ -10,7 +10,7 @@ from itertools import pairwise
 from fluxloom.world.atlas import load_atlas
 from fluxloom.world.scene import COLOURLESS_FILTERS, Backdrop, Scene, relations
 from fluxloom.world.split import Split
-from fluxloom.world.words import Language, colour_word, fixed, noun, say
+from fluxloom.world.words import Language, colour_word, fill, fixed, noun, say
 
 LIMIT = 45  # tokens; nano reads 47 and the start mark
 _QUOTED = re.compile(r"[\"“]([^\"”]*)[\"”]")
@@ -25,10 +25,7 @@ def tokens(text: str) -> list[str]:
 
 def place_phrase(backdrop: Backdrop, rng: random.Random, language: Language, split: Split) -> str:
     phrase = say(rng, split, language, "place", backdrop.place)
-    if "{hue}" not in phrase:
-        return phrase
-    filled = phrase.format(hue=colour_word(backdrop.hue or "blue", language))
-    return filled.replace(" a orange", " an orange")
+    return fill(phrase, hue=colour_word(backdrop.hue or "blue", language))
 
 
 def environment(

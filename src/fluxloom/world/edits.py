@@ -92,14 +92,13 @@ def _two_or_more(rng: random.Random) -> str:
 def _add(rng: random.Random, mix: Mix, split: Split) -> Draft | None:
     target = draw.draw_scene(rng, mix, split, _two_or_more(rng) if rng.random() < 0.85 else None)
     k = rng.randrange(len(target.items))
-    rest = tuple(i for j, i in enumerate(target.items) if j != k)
-    return replace(target, items=rest), target, -1, k, ""
+    return target.without_item(k), target, -1, k, ""
 
 
 def _remove(rng: random.Random, mix: Mix, split: Split) -> Draft | None:
     source = draw.draw_scene(rng, mix, split, _two_or_more(rng) if rng.random() < 0.7 else None)
     k = rng.randrange(len(source.items))
-    return source, replace(source, items=tuple(i for j, i in enumerate(source.items) if j != k)), k, -1, ""
+    return source, source.without_item(k), k, -1, ""
 
 
 def _substitute(rng: random.Random, scene: Scene, k: int, mix: Mix, split: Split) -> Item | None:
@@ -194,12 +193,17 @@ def _swap(rng: random.Random, mix: Mix, split: Split) -> Draft | None:
     return source, target, 0, 1, ""
 
 
+def _new_place(rng: random.Random, scene: Scene) -> dict[str, Any]:
+    """Another place, and the colour of its walls where it has some, as changes of the scene."""
+    place = rng.choice([p for p in PLACES if p != scene.backdrop.place])
+    hues = PLACES[place].hues
+    return {"place": place, "hue": rng.choice(hues) if hues else None}
+
+
 def _background(rng: random.Random, mix: Mix, split: Split) -> Draft | None:
     source = draw.draw_scene(rng, mix, split)
-    place = rng.choice([p for p in PLACES if p != source.backdrop.place])
-    hues = PLACES[place].hues
-    target = source.put(place=place, hue=rng.choice(hues) if hues else None)
-    return source, target, -1, -1, place
+    new = _new_place(rng, source)
+    return source, source.put(**new), -1, -1, new["place"]
 
 
 def _environment(field: str) -> Proposer:
@@ -264,11 +268,10 @@ def _sign_remove(rng: random.Random, mix: Mix, split: Split) -> Draft | None:
 
 def _elsewhere(rng: random.Random, scene: Scene) -> dict[str, Any]:
     """A new place, and now and then a new time; the rest stays as far as the place allows."""
-    place = rng.choice([p for p in PLACES if p != scene.backdrop.place])
-    hues = PLACES[place].hues
-    out: dict[str, Any] = {"place": place, "hue": rng.choice(hues) if hues else None}
-    if PLACES[place].times and rng.random() < 0.35:
-        out["time"] = rng.choice(PLACES[place].times)
+    out = _new_place(rng, scene)
+    times = PLACES[out["place"]].times
+    if times and rng.random() < 0.35:
+        out["time"] = rng.choice(times)
     return out
 
 

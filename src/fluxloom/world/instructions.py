@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fluxloom.world.atlas import load_atlas
 from fluxloom.world.captions import place_phrase
 from fluxloom.world.scene import relations
-from fluxloom.world.words import Language, colour_word, definite, fixed, name_of, noun, say
+from fluxloom.world.words import Language, colour_word, definite, fill, fixed, name_of, noun, say
 
 if TYPE_CHECKING:
     from fluxloom.world.edits import Edit
@@ -64,7 +64,7 @@ def _slots(edit: Edit, rng: random.Random, language: Language) -> tuple[str, dic
         slots["place"] = _where(edit, rng, language)
     elif kind == "background":
         hue = colour_word(target.backdrop.hue or "blue", language)
-        slots["scene"] = say(rng, edit.split, language, "scenery", edit.value).format(hue=hue)
+        slots["scene"] = fill(say(rng, edit.split, language, "scenery", edit.value), hue=hue)
     elif kind in ("style", "filter"):
         slots[kind] = say(rng, edit.split, language, f"{kind}_noun", edit.value)
     elif kind in ("sign_text", "sign_add", "sign_remove"):
@@ -80,8 +80,8 @@ def instruction(edit: Edit, rng: random.Random, language: Language = "en") -> st
     if edit.kind in ("time", "weather", "season"):
         return say(rng, edit.split, language, f"edit_{edit.kind}", edit.value)
     kind, slots = _slots(edit, rng, language)
-    text = say(rng, edit.split, language, "edit", kind).format(**slots)
+    text = fill(say(rng, edit.split, language, "edit", kind), **slots)
     if edit.kind == "character_companion" and edit.value:
         where = _where(edit, rng, language)
         text = f"{text} {where}" if language == "en" else f"{text}，{where}"
-    return text.replace(" a orange", " an orange")
+    return text

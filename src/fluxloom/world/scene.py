@@ -137,6 +137,9 @@ class Scene:
             rest["backdrop"] = replace(self.backdrop, **behind).fit()
         return replace(self, **rest)
 
+    def without_item(self, index: int) -> Scene:
+        return replace(self, items=self.items[:index] + self.items[index + 1 :])
+
     def with_item(self, index: int, **changes: Any) -> Scene:
         items = list(self.items)
         items[index] = replace(items[index], **changes)

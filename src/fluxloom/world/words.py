@@ -42,6 +42,11 @@ def fixed(language: Language, key: str) -> str:
     return str(phrases()[language][key])
 
 
+def fill(phrase: str, **slots: str) -> str:
+    """A phrasing with its gaps filled: orange is the one colour that turns "a" into "an"."""
+    return phrase.format(**slots).replace(" a orange", " an orange")
+
+
 LIKE_A = ("unicorn", "ufo")
 LIKE_AN = ("hourglass",)
 
