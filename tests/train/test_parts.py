@@ -10,7 +10,9 @@ from fluxloom.core.text import Tokenizer
 from fluxloom.recipes import nano
 from fluxloom.train.autoencoder import kl_to_normal, reconstruction_loss
 from fluxloom.train.data import Chunks, DataSpec, Pool, token_any, warm_atlas
-from fluxloom.train.model import Trainee, flow_loss
+from fluxloom.train.graphs import CapturedBackward
+from fluxloom.train.model import Draw, Trainee, flow_loss, guidance_loss, velocity
+from fluxloom.train.muon import Muon, orthogonalised
 from fluxloom.train.optim import Optimiser, is_hidden_matrix
 
 CPU = torch.device("cpu")
@@ -78,10 +80,8 @@ def loss_of(**changes: object) -> float:
     }
     batch |= {k: v for k, v in changes.items() if k in batch}  # type: ignore[assignment]
     with torch.no_grad():
-        loss = flow_loss(
-            model, batch, mean=0.5, std=1.0, dropout=float(changes.get("dropout", 0.0)),  # type: ignore[arg-type]
-            empty=torch.zeros(48, dtype=torch.long), generator=torch.Generator().manual_seed(5),
-        )  # fmt: skip
+        draw = Draw(mean=0.5, std=1.0, dropout=float(changes.get("dropout", 0.0)))  # type: ignore[arg-type]
+        loss = flow_loss(model, draw.add(batch, torch.zeros(48, dtype=torch.long), torch.Generator().manual_seed(5)))
     return float(loss)
 
 
@@ -106,8 +106,106 @@ def test_untrained_loss_is_the_variance_of_the_target() -> None:
         "weight": torch.ones(64, 16),
         "ids": torch.zeros(64, 48, dtype=torch.long),
     }
-    loss = flow_loss(model, batch, mean=0.0, std=1.0, dropout=0.0, empty=batch["ids"][0], generator=torch.Generator())
+    loss = flow_loss(model, Draw(mean=0.0, std=1.0).add(batch, batch["ids"][0], torch.Generator()))
     assert float(loss.detach()) == pytest.approx(2.0, rel=0.03)
+
+
+def awake(seed: int) -> Trainee:
+    """A toy whose velocity depends on everything, as an untrained one's is zero."""
+    torch.manual_seed(seed)
+    model = Trainee(nano.TOY)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.requires_grad_(False)
+
+
+def noisy_batch(guidance: tuple[float, float]) -> dict[str, torch.Tensor]:
+    torch.manual_seed(2)
+    batch = {
+        "image": torch.randn(4, 16, 4, 4),
+        "source": torch.randn(4, 16, 4, 4),
+        "weight": torch.ones(4, 4),
+        "ids": torch.randint(3, 50, (4, 48)),
+    }
+    draw = Draw(mean=0.5, std=1.0, guidance=guidance)
+    return draw.add(batch, torch.zeros(48, dtype=torch.long), torch.Generator().manual_seed(5))
+
+
+def test_guidance_is_drawn_between_its_bounds() -> None:
+    assert noisy_batch((1.0, 1.0))["guidance"].tolist() == [1.0] * 4
+    drawn = noisy_batch((2.0, 6.0))["guidance"]
+    assert 2 <= float(drawn.min()) < float(drawn.max()) <= 6
+
+
+def test_distilled_guidance_is_that_of_two_evaluations() -> None:
+    """A student that computes the guided velocity itself has no loss; one that ignores the scale has."""
+    teacher, empty = awake(0), torch.zeros(48, dtype=torch.long)
+
+    class Guided(torch.nn.Module):
+        def forward(self, ids: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+            *inputs, guidance = rest
+            one = torch.ones_like(guidance)
+            wanted, unwanted = teacher(ids, *inputs, one), teacher(empty.expand_as(ids), *inputs, one)
+            return unwanted + guidance[:, None, None] * (wanted - unwanted)  # type: ignore[no-any-return]
+
+    batch = noisy_batch((2.0, 6.0))
+    assert float(guidance_loss(Guided(), teacher, empty, batch)) < 1e-10
+    assert float(guidance_loss(teacher, teacher, empty, batch)) > 1e-3
+    unguided = {**batch, "guidance": torch.ones(4)}
+    assert float(guidance_loss(teacher, teacher, empty, unguided)) < 1e-10
+
+
+def test_velocity_sees_the_source_and_returns_only_the_target() -> None:
+    model, batch = awake(1), noisy_batch((1.0, 1.0))
+    v = velocity(model, batch, batch["ids"], batch["guidance"])
+    assert v.shape == (4, 4, 64)
+    other = {**batch, "source": batch["source"] + 1}
+    assert not torch.allclose(v, velocity(model, other, batch["ids"], batch["guidance"]))
+
+
+def test_muon_is_torchs_own_in_batches() -> None:
+    torch.manual_seed(0)
+    ours = [torch.randn(shape) for shape in ((24, 8), (24, 8), (8, 40), (16, 16))]
+    theirs = [torch.nn.Parameter(p.clone()) for p in ours]
+    muon = Muon(ours, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        muon.step(0.02)
+        reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        # Batched products may round the bfloat16 rounds otherwise.
+        assert torch.allclose(a, b.detach(), atol=2e-3)
+    assert not torch.allclose(ours[0], ours[1], atol=0.1)
+
+
+def test_orthogonalised_has_singular_values_near_one() -> None:
+    g = torch.randn(3, 24, 8, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalised(g).float())
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+@pytest.mark.gpu
+def test_captured_backward_is_the_plain_one() -> None:
+    """Same loss and gradients from the graph as from Python, also with other inputs than it was recorded with."""
+    model = awake(0).requires_grad_(True).to("cuda")
+    optimiser = Optimiser(model, lr=1e-2, weight_decay=0.0, betas=(0.9, 0.99), ema=0.9, clip=1.0)
+    first = {k: v.cuda() for k, v in noisy_batch((1.0, 1.0)).items()}
+    second = {**first, "image": first["image"].flip(0) * 0.5}
+    captured = CapturedBackward(lambda batch: flow_loss(model, batch), first, optimiser.gradient)
+    assert not optimiser.gradient.any(), "recording leaves no gradients behind"
+    for batch in (second, first):
+        loss = captured(batch)
+        from_graph = optimiser.gradient.clone()
+        optimiser.gradient.zero_()
+        plain = flow_loss(model, batch)
+        plain.backward()
+        assert torch.allclose(loss, plain.detach(), rtol=1e-5)
+        assert torch.allclose(from_graph, optimiser.gradient, rtol=1e-3, atol=1e-6)
+        optimiser.gradient.zero_()
 
 
 def test_optimiser_moves_masters_and_averages() -> None:

@@ -71,6 +71,19 @@ def test_resume_without_moments_is_not_exact(tokenizer: Tokenizer, tmp_path: Pat
     assert not all(torch.equal(w, second.optimiser.weights()[n]) for n, w in whole.optimiser.weights().items())
 
 
+def test_distillation_learns_its_teacher(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """At first the student, which was never told a scale, is off by the guidance; then less."""
+    run = replace(nano.toy_run(steps=60), distil=True, log_every=5, lr=5e-4)
+    stage = replace(run.stages[0], draw=replace(run.stages[0].draw, guidance=(2.0, 5.0)))
+    teacher = trainer(run, tokenizer, tmp_path).optimiser.weights()
+    for name in ("transformer.final_layer.linear.weight", "transformer.single_blocks.0.modulation.lin.weight"):
+        torch.nn.init.normal_(teacher[name], std=0.1)
+    student = trainer(replace(run, stages=(stage,)), tokenizer, tmp_path)
+    student.start_from(teacher)
+    losses = [row["draw"] for row in student.fit()]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
 def test_rate_warms_up_stays_and_falls() -> None:
     run = RunSpec(spec=nano.TOY, stages=(), steps=1000, warmup=10, decay_from=0.5)
     assert rate_at(0.0, 0, run) == pytest.approx(0.1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import pickle
 import random
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -31,8 +32,9 @@ def digest(seed: int, size: int = 96) -> str:
 
 
 def test_same_scene_same_pixels_in_another_process() -> None:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        elsewhere = pool.apply(digest, (3,))
+    code = "import runpy, sys; print(runpy.run_path(sys.argv[1])['digest'](3))"
+    command = [sys.executable, "-c", code, __file__]
+    elsewhere = subprocess.run(command, capture_output=True, check=True, text=True, timeout=120).stdout.strip()
     assert elsewhere == digest(3)
     assert elsewhere != digest(4)
 

@@ -11,7 +11,7 @@ from fluxloom.cli.output import Destination
 from fluxloom.errors import BadInput
 
 app = typer.Typer(add_completion=False)
-PARTS = ("vocabulary", "autoencoder", "train")
+PARTS = ("vocabulary", "autoencoder", "train", "refine", "distil")
 
 
 @app.callback()
@@ -22,7 +22,7 @@ def train() -> None:
 @app.command()
 def nano(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for weights and logs.", show_default=False)],
-    part: Annotated[str, typer.Option("--part", help=f"{', '.join(PARTS)} (text and transformer) or all.")] = "all",
+    part: Annotated[str, typer.Option("--part", help=f"{', '.join(PARTS)} or all, in this order.")] = "all",
     minutes: Annotated[
         float | None, typer.Option("--minutes", min=0.01, help="End by the clock, each part.", show_default="by steps")
     ] = None,

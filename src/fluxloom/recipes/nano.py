@@ -1,8 +1,10 @@
-"""How nano was made: vocabulary, autoencoder, then text tower and transformer together. Each run is one typed value.
+"""How nano was made: vocabulary, autoencoder, text tower and transformer together, then guidance as an input.
 
     python -m fluxloom.recipes.nano vocabulary --out runs/nano
     python -m fluxloom.recipes.nano autoencoder --out runs/nano --minutes 3.6
     torchrun --nproc-per-node 4 -m fluxloom.recipes.nano train --out runs/nano --minutes 13
+    torchrun --nproc-per-node 4 -m fluxloom.recipes.nano refine --out runs/nano --minutes 14
+    torchrun --nproc-per-node 4 -m fluxloom.recipes.nano distil --out runs/nano --minutes 4
     python -m fluxloom.recipes.nano export --out runs/nano
     python -m fluxloom.recipes.nano measure --out runs/nano
 
@@ -17,7 +19,7 @@ import datetime
 import json
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from fluxloom.errors import BadInput
 from fluxloom.train.autoencoder import AutoencoderRun, fit_autoencoder, latent_statistics
 from fluxloom.train.data import Chunks, DataSpec, Pool, to_unit
 from fluxloom.train.loop import Rank, RunSpec, Stage, Trainer
-from fluxloom.train.model import Trainee, flow_loss
+from fluxloom.train.model import Draw, Trainee, flow_loss
 from fluxloom.weights.load import ASSETS, build, load_folder, part, save_card, save_compact
 
 NANO = MODELS["nano"]
@@ -81,7 +83,7 @@ def autoencoder_run(minutes: float | None = None) -> AutoencoderRun:
 
 
 def run(minutes: float | None = None) -> RunSpec:
-    """The whole training of text tower and transformer; batches are for each of four ranks."""
+    """Text tower and transformer from random numbers; batches are for each of four ranks."""
     return RunSpec(
         spec=NANO,
         stages=(
@@ -106,6 +108,47 @@ def run(minutes: float | None = None) -> RunSpec:
         minutes=minutes,
         lr=1.5e-3,
     )  # fmt: skip
+
+
+# Single things keep their share, as they are what scenes are made of; signs are twice as many as in the balanced mix.
+LESSONS = replace(world.Mix.scenes(), large=0.42, medium=0.12, two=0.34, three=0.09, four=0.03, sign=0.16, filter=0.06)
+
+
+def _lessons(draw: Draw, edit: Draw) -> tuple[Stage, ...]:
+    # A chunk every other step: encoding one takes the GPU as long as a fifth of a step, rendering two processors.
+    data = DataSpec(mix=LESSONS, size=256, draws=48, edits=48)
+    return (Stage(until=1.0, data=data, draws=192, edits=96, pool=12_288, refresh=2, draw=draw, edit=edit),)
+
+
+def refinement(minutes: float | None = None) -> RunSpec:
+    """More of the same from trained weights, on everything at once; batches are for each of four ranks."""
+    return RunSpec(
+        spec=NANO,
+        stages=_lessons(Draw(mean=0.8, std=1.2, dropout=0.1), Draw(mean=0.8, std=1.2, dropout=0.1)),
+        steps=60_000,
+        minutes=minutes,
+        lr=1.5e-3,
+        decay_from=0.5,
+        seed=1,
+    )
+
+
+def distillation(minutes: float | None = None) -> RunSpec:
+    """Guidance becomes an input: the two evaluations of a step become one. The teacher is the starting model."""
+    return RunSpec(
+        spec=NANO,
+        stages=_lessons(
+            Draw(mean=0.8, std=1.2, dropout=0.05, guidance=(1.0, 6.0)),
+            Draw(mean=0.8, std=1.2, dropout=0.05, guidance=(1.0, 4.0)),
+        ),
+        steps=60_000,
+        minutes=minutes,
+        lr=5e-4,
+        warmup=100,
+        decay_from=0.4,
+        distil=True,
+        seed=2,
+    )
 
 
 def toy_run(steps: int = 40) -> RunSpec:
@@ -185,7 +228,7 @@ def fit(out: Path, spec: RunSpec, start_from: Path | None = None) -> list[dict[s
     home = out / "autoencoder" if (out / "autoencoder").exists() else SHIPPED
     trainer = Trainer(spec, load_autoencoder(home, spec.spec.autoencoder), _tokenizer(out, spec.spec), out)
     if start_from is not None:
-        trainer.optimiser.start_from(load_folder(start_from))
+        trainer.start_from({k: v for k, v in load_folder(start_from).items() if not k.startswith("autoencoder.")})
     losses = trainer.fit(save=lambda t: _save_weights(t.optimiser.weights(), out))
     trainer.rank.leave()
     return losses
@@ -227,19 +270,27 @@ def measure(out: Path, assets: Path, count: int = 64) -> dict[str, dict[str, flo
         rows[name] = {}
         for kind in ("draw", "edit"):
             generator = torch.Generator().manual_seed(0)
-            batch = pool.draw(kind, count, generator)
-            loss = flow_loss(model, batch, mean=0.8, std=1.2, dropout=0.0, empty=empty, generator=generator)
-            rows[name][kind] = float(loss)
+            batch = Draw(mean=0.8, std=1.2).add(pool.draw(kind, count, generator), empty, generator)
+            rows[name][kind] = float(flow_loss(model, batch))
         rows[name] |= round_trip(build(lambda: Autoencoder(NANO.autoencoder), part(state, "autoencoder")), pictures)
     return rows
 
 
+RUNS: dict[str, Callable[[bool, float | None], RunSpec]] = {
+    "train": lambda toy, minutes: toy_run() if toy else run(minutes),
+    "refine": lambda toy, minutes: toy_run() if toy else refinement(minutes),
+    "distil": lambda toy, minutes: replace(toy_run(), distil=True) if toy else distillation(minutes),
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="fluxloom.recipes.nano", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["vocabulary", "autoencoder", "train", "export", "measure"])
+    parser.add_argument("what", choices=["vocabulary", "autoencoder", *RUNS, "export", "measure"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, help="end by the clock")
-    parser.add_argument("--start-from", type=Path, help="folder of compact weights to go on from")
+    parser.add_argument(
+        "--start-from", type=Path, help="folder of compact weights to go on from; refine, distil: out/model"
+    )
     parser.add_argument("--assets", type=Path, default=SHIPPED, help="where export writes")
     parser.add_argument("--facts", type=json.loads, default={}, help="what else the model card should say, as JSON")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, seconds on a processor")
@@ -250,8 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(
             json.dumps(make_autoencoder(args.out, toy_autoencoder_run() if args.toy else autoencoder_run(args.minutes)))
         )
-    elif args.what == "train":
-        fit(args.out, toy_run() if args.toy else run(args.minutes), args.start_from)
+    elif args.what in RUNS:
+        earlier = None if args.what == "train" else args.out / "model"
+        fit(args.out, RUNS[args.what](args.toy, args.minutes), args.start_from or earlier)
     elif args.what == "export":
         export(args.out, args.assets, args.facts)
     else:

@@ -73,8 +73,8 @@ class Chunks(Dataset[Chunk]):
             sources.append(pair.source.pixels)
             targets.append(pair.target.pixels)
             changed = np.where(token_any(pair.change), spec.change_weight, 1.0).astype(np.float16)
-            # An edit that redraws most of the picture says nothing by its mask: fall back to equal weights.
-            weights.append(changed if pair.change.mean() < 0.6 else np.ones_like(changed))
+            # An edit that redraws most of the picture says nothing by its mask: there things count, as in a drawing.
+            weights.append(changed if pair.change.mean() < 0.6 else self._item_weights(pair.target.items))
             ids.append(self._texts(rng, partial(edit.instruction, rng)))
         return _stack("edit", {"source": sources, "image": targets, "weight": weights, "ids": ids})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -13,6 +14,8 @@ from fluxloom.core.specs import ModelSpec
 from fluxloom.core.text import TextTower
 from fluxloom.core.transformer import Transformer
 
+Batch = dict[str, Tensor]
+
 
 class Trainee(nn.Module):
     """Text tower and transformer, trained jointly. Their names are the prefixes of the weights."""
@@ -23,12 +26,12 @@ class Trainee(nn.Module):
         self.text = TextTower(spec.text)
         self.transformer = Transformer(spec.transformer)
 
-    def forward(self, ids: Tensor, tokens: Tensor, positions: Tensor, t: Tensor) -> Tensor:
-        """Velocity [B, L, C] of all image tokens. Guidance, where it is an input, is 1: unguided."""
+    def forward(self, ids: Tensor, tokens: Tensor, positions: Tensor, t: Tensor, guidance: Tensor) -> Tensor:
+        """Velocity [B, L, C] of all image tokens. ids [B, T], t [B]; guidance [B] where it is an input, 1: none."""
         states = self.text(ids)
-        guidance = torch.ones_like(t) if self.transformer.spec.guidance_embed else None
         txt_ids = _text_positions(ids.shape[1], ids.device)
-        out: Tensor = self.transformer(tokens, positions, states.tokens, txt_ids, t, states.pooled, guidance)
+        given = guidance if self.transformer.spec.guidance_embed else None
+        out: Tensor = self.transformer(tokens, positions, states.tokens, txt_ids, t, states.pooled, given)
         return out
 
     @torch.no_grad()
@@ -55,36 +58,70 @@ def _text_positions(length: int, device: torch.device) -> Tensor:
     return text_ids(length)[None].to(device)
 
 
-def flow_loss(
-    model: nn.Module,
-    batch: dict[str, Tensor],
-    *,
-    mean: float,
-    std: float,
-    dropout: float,
-    empty: Tensor,
-    generator: torch.Generator,
-) -> Tensor:
-    """Weighted flow-matching loss of a batch of latents.
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """What chance decides for each sample: t is logit-normal, the text gives way to the empty one with probability
+    ``dropout``, guidance is uniform between two values (1, 1: none)."""
 
-    batch: image [B, C, h, w], weight [B, L], ids [B, T] and, for edits, source [B, C, h, w] (clean reference tokens
-    with index 1). t ~ logit-normal(mean, std); texts give way to ``empty`` [T] with probability ``dropout``.
+    mean: float
+    std: float
+    dropout: float = 0.0
+    guidance: tuple[float, float] = (1.0, 1.0)
+
+    def add(self, batch: Batch, empty: Tensor, generator: torch.Generator) -> Batch:
+        """The batch with noise [B, C, h, w], t [B], guidance [B], and ids [B, T] of which some are ``empty`` [T]."""
+        image, device = batch["image"], batch["image"].device
+        count = len(image)
+        t = flow.sample_times(count, mean=self.mean, std=self.std, generator=generator)
+        noise = torch.randn(image.shape, generator=generator, device=device).to(image.dtype)
+        dropped = torch.rand(count, generator=generator, device=device) < self.dropout
+        low, high = self.guidance
+        guidance = low + (high - low) * torch.rand(count, generator=generator, device=device)
+        ids = torch.where(dropped[:, None], empty, batch["ids"])
+        return {**batch, "noise": noise, "t": t, "guidance": guidance, "ids": ids}
+
+
+def noised(batch: Batch) -> Tensor:
+    """x_t [B, L, C], packed; mixed in float32, as bfloat16 would round t by up to 0.4 %."""
+    x_t = flow.interpolate(batch["image"].float(), batch["noise"].float(), batch["t"])
+    return pack(x_t.to(batch["image"].dtype))
+
+
+def velocity(model: nn.Module, batch: Batch, ids: Tensor, guidance: Tensor) -> Tensor:
+    """The model's velocity [B, L, C] at x_t, float32. The clean tokens of a ``source`` follow with index 1."""
+    x_t, (h, w) = noised(batch), batch["image"].shape[2:]
+    tokens = torch.cat((x_t, pack(batch["source"])), dim=1) if "source" in batch else x_t
+    positions = _positions(h, w, "source" in batch, x_t.device)
+    out: Tensor = model(ids, tokens, positions, batch["t"], guidance)[:, : x_t.shape[1]]
+    return out.float()
+
+
+def weighted(error_BLC: Tensor, weight_BL: Tensor) -> Tensor:
+    """Mean of squares, tokens weighted."""
+    weight = weight_BL.float()
+    loss: Tensor = (error_BLC.square().mean(-1) * weight).sum() / weight.sum()
+    return loss
+
+
+def flow_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Flow-matching loss of a batch to which :class:`Draw` added noise and time.
+
+    batch: image [B, C, h, w], weight [B, L], ids [B, T], noise, t, guidance and, for edits, source [B, C, h, w].
     Source: Kontext paper, eq. 1 (arXiv 2506.15742).
     """
-    image, device = batch["image"], batch["image"].device
-    count, _, h, w = image.shape
-    t = flow.sample_times(count, mean=mean, std=std, generator=generator)
-    noise = torch.randn(image.shape, generator=generator, device=device).to(image.dtype)
-    x_t = pack(flow.interpolate(image, noise, t.to(image.dtype)))
-    target = pack(flow.target(image, noise)).float()
-    dropped = torch.rand(count, generator=generator, device=device) < dropout
-    ids = torch.where(dropped[:, None], empty, batch["ids"])
+    target = pack(flow.target(batch["image"], batch["noise"])).float()
+    return weighted(velocity(model, batch, batch["ids"], batch["guidance"]) - target, batch["weight"])
 
-    tokens = x_t
-    if "source" in batch:
-        tokens = torch.cat((x_t, pack(batch["source"])), dim=1)
-    v = model(ids, tokens, _positions(h, w, "source" in batch, device), t)[:, : x_t.shape[1]]
-    error = (v.float() - target).square().mean(-1)
-    weight = batch["weight"].float()
-    loss: Tensor = (error * weight).sum() / weight.sum()
-    return loss
+
+def guidance_loss(student: nn.Module, teacher: nn.Module, empty: Tensor, batch: Batch) -> Tensor:
+    """The student's velocity, told the scale s, against the teacher's under classifier-free guidance of that scale.
+
+    The teacher's two evaluations v_0 + s (v_text - v_0) become one; ``empty`` [T] are the ids of no text. The empty row
+    keeps the source of an edit, as sampling does. Source: Meng et al. 2023 (arXiv 2210.03142), stage one.
+    """
+    ids, s = batch["ids"], batch["guidance"]
+    with torch.no_grad():
+        wanted = velocity(teacher, batch, ids, torch.ones_like(s))
+        unwanted = velocity(teacher, batch, empty.expand_as(ids), torch.ones_like(s))
+        target = unwanted + s[:, None, None] * (wanted - unwanted)
+    return weighted(velocity(student, batch, ids, s) - target, batch["weight"])

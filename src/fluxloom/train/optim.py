@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fluxloom.train.muon import Muon
+
 
 def is_hidden_matrix(name: str, p: Tensor) -> bool:
     """Whether Muon is meant for it: a matrix inside the blocks, but no modulation, which does better on AdamW."""
@@ -50,13 +52,8 @@ class Optimiser:
             p.grad, m.grad = g.view_as(p), gm.view_as(p)
         hidden = [m for n, m in zip(names, self.master, strict=True) if is_hidden_matrix(n, m)]
         rest = [m for n, m in zip(names, self.master, strict=True) if not is_hidden_matrix(n, m)]
-        self.optimisers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0, foreach=True)
-        ]
-        if hidden:
-            # match_rms_adamw: the update has AdamW's size, so both take the same rate (Liu et al. 2025).
-            muon = torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            self.optimisers.append(muon)
+        self.adam = torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0, foreach=True)
+        self.muon = Muon(hidden, weight_decay=weight_decay)
 
     def step(self, rate: float, step: int) -> Tensor:
         """One update at ``rate`` times the base learning rate; returns the gradient norm, still on the device."""
@@ -66,10 +63,10 @@ class Optimiser:
         self.master_gradient.copy_(self.gradient)
         norm: Tensor = self.master_gradient.norm()
         self.master_gradient.mul_((self.clip / (norm + 1e-6)).clamp_max(1.0))
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = rate * self.lr
-            optimiser.step()
+        for group in self.adam.param_groups:
+            group["lr"] = rate * self.lr
+        self.adam.step()
+        self.muon.step(rate * self.lr)
         with torch.no_grad():
             torch._foreach_copy_(self.params, self.master)
             torch._foreach_lerp_(self.average, self.master, 1 - average_decay(step, self.ema))
@@ -85,15 +82,16 @@ class Optimiser:
         return {
             "master": self.master,
             "average": self.average,
-            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "adam": self.adam.state_dict(),
+            "muon": self.muon.state_dict(),
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         torch._foreach_copy_(self.master, state["master"])
         torch._foreach_copy_(self.average, state["average"])
-        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
+        self.adam.load_state_dict(state["adam"])
+        self.muon.load_state_dict(state["muon"])
         torch._foreach_copy_(self.params, self.master)
 
     @torch.no_grad()
