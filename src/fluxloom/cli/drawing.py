@@ -21,7 +21,7 @@ _SIZE = re.compile(r"(\d+)(?:[x×](\d+))?", re.IGNORECASE)
 MAX_THREADS = 1024
 
 
-def load(model: str, device: str = "cpu", threads: int | None = None) -> Loom:
+def load(model: str, device: str = "cpu", threads: int | None = None, dtype: str | None = None) -> Loom:
     """The model, ready to draw."""
     # Read when torch is loaded. By default GNU OpenMP's threads spin long while they wait: on a machine that has other
     # work a picture then takes 3 to 8 times as long. Never spinning costs a third on an idle one; 2,000 turns cost
@@ -36,7 +36,7 @@ def load(model: str, device: str = "cpu", threads: int | None = None) -> Loom:
         if not 1 <= threads <= MAX_THREADS:
             raise BadInput(f"got --threads {threads}, allowed 1 to {MAX_THREADS}, try {torch.get_num_threads()}")
         torch.set_num_threads(threads)
-    return load_model(model, device)
+    return load_model(model, device, dtype)
 
 
 def size_fields(size: str | None) -> dict[str, int]:

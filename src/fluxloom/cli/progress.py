@@ -60,6 +60,11 @@ class Watch:
             size = self.live.console.size
             self.live.update(Group(half_blocks(event.image, size.width, size.height - 3), self.bar))
 
+    def count(self, done: int, total: int) -> None:
+        """Show how much of a longer work is done."""
+        if self.live is not None:
+            self.bar.update(self.task, description=self.what, completed=done, total=total)
+
 
 def half_blocks(image: Image.Image, columns: int, lines: int) -> Text:
     """A picture as text: each character is two pixels, one above the other, about as wide as they are high."""

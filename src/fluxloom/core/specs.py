@@ -140,8 +140,8 @@ _NANO = ModelSpec(
     text=TextSpec(vocab_size=1536),
     tasks=MappingProxyType(
         {
-            "generate": TaskDefaults(steps=12, guidance=1.0, true_cfg=3.5, solver="dpmpp_2m", size=(256, 256)),
-            "edit": TaskDefaults(steps=10, guidance=1.0, true_cfg=2.0, solver="dpmpp_2m", size=(256, 256)),
+            "generate": TaskDefaults(steps=16, guidance=3.5, solver="dpmpp_2m", size=(256, 256)),
+            "edit": TaskDefaults(steps=14, guidance=2.0, solver="dpmpp_2m", size=(256, 256)),
         }
     ),
     text_length=48,

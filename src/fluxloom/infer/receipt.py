@@ -9,7 +9,8 @@ A receipt (schema 1) is JSON:
     inputs      [{role, pixels, size, file, receipt}]: hash of the decoded pixels, file name as a hint, parent's id
     pixels      hash of the picture as it was drawn, before a file format touched it
     warnings    what the user was told
-    versions, machine    libraries; device, dtype, threads, processor, platform
+    versions, machine    libraries; device, dtype, threads, processor, platform; ``batch``, how many pictures were
+                drawn together, where it was more than one
     seconds, created     wall time, with that of whoever watched; UTC
 
 In the file it travels as ``{"receipt": ..., "decoded": hash, "quality": ...}``: the hash of the pixels that this very

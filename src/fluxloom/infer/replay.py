@@ -171,8 +171,8 @@ def _causes(then: Receipt, now: Receipt) -> Iterator[str]:
     for name, key in (("fluxloom", "fluxloom"), ("weights", "model"), ("versions", "versions"), ("machine", "machine")):
         before, after = then.data[key], now.data[key]
         if isinstance(before, dict):
-            for field in sorted(after):
-                if before.get(field) != after[field]:
-                    yield f"{name} {field}: {before.get(field)} then, {after[field]} now"
+            for field in sorted(before.keys() | after.keys()):
+                if before.get(field) != after.get(field):
+                    yield f"{name} {field}: {before.get(field)} then, {after.get(field)} now"
         elif before != after:
             yield f"{name}: {before} then, {after} now"

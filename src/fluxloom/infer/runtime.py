@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fluxloom.errors import Failure, WeightsError
 from fluxloom.infer import pictures
 from fluxloom.infer.conditions import Row
 from fluxloom.infer.receipt import processor, system
+from fluxloom.infer.sample import Evaluate
 from fluxloom.weights.load import VOCABULARY, build, load_folder, part, verified
 
 _CACHED_TEXTS = 64  # states of a prompt take some 50 kB for nano, 4 MB for the 12 B members
@@ -108,32 +110,38 @@ class Runtime:
             raise Failure("got numbers from the model that are not finite, allowed finite ones, try dtype float32")
         return pictures.to_picture(self.autoencoder.decode(shapes.unpack(x_1LC, *hw)))
 
-    @torch.inference_mode()
     def velocity(self, x: Tensor, t: float, rows: Sequence[Row]) -> tuple[Tensor, ...]:
         """Velocities [B, L, C] in x's dtype, one a row, all rows in one forward pass."""
-        batch, length = x.shape[:2]
-        size = batch * len(rows)
+        return self.velocities((Evaluate(x, t, tuple(rows)),))[0]
 
-        def spread(parts: list[Tensor]) -> Tensor:
+    @torch.inference_mode()
+    def velocities(self, asked: Sequence[Evaluate]) -> list[tuple[Tensor, ...]]:
+        """What :meth:`velocity` answers to each of several evaluations of equal shape, in one forward pass of all."""
+        parts = [(event, row) for event in asked for row in event.rows]
+        batch, length = asked[0].x.shape[:2]
+        size = batch * len(parts)
+
+        def spread(tensors: list[Tensor]) -> Tensor:
             """[1, ...] of each row to [rows * B, ...]."""
-            return torch.cat([one.to(self.device).expand(batch, *one.shape[1:]) for one in parts])
+            return torch.cat([one.to(self.device).expand(batch, *one.shape[1:]) for one in tensors])
 
-        img = x.to(self.dtype).repeat(len(rows), 1, 1)
-        contexts = [row.context.to(self.dtype) for row in rows if row.context is not None]
+        img = torch.cat([event.x.to(self.dtype) for event, _ in parts])
+        contexts = [row.context.to(self.dtype) for _, row in parts if row.context is not None]
         if contexts:
             img = torch.cat((img, spread(contexts)), dim=1)
-        txt = spread([row.text.tokens for row in rows])
-        guidance = [row.guidance for row in rows if row.guidance is not None]
+        txt = spread([row.text.tokens for _, row in parts])
+        guidance = [row.guidance for _, row in parts if row.guidance is not None]
         v: Tensor = self.transformer(
             img,
-            spread([row.ids[None] for row in rows]),
+            spread([row.ids[None] for _, row in parts]),
             txt,
             shapes.text_ids(txt.shape[1]).to(self.device).expand(size, -1, -1),
-            torch.full((size,), t, device=self.device),
-            spread([row.text.pooled for row in rows]),
+            torch.tensor([event.t for event, _ in parts], device=self.device).repeat_interleave(batch),
+            spread([row.text.pooled for _, row in parts]),
             torch.tensor(guidance, device=self.device).repeat_interleave(batch) if guidance else None,
         )
-        return torch.split(v[:, :length].to(x.dtype), batch)
+        answers = iter(torch.split(v[:, :length].to(asked[0].x.dtype), batch))
+        return [tuple(islice(answers, len(event.rows))) for event in asked]
 
     def machine(self) -> dict[str, Any]:
         """Where and how this runtime computes, for receipts."""

@@ -34,7 +34,7 @@ from fluxloom.core.text import SPECIALS, Tokenizer, split_words
 from fluxloom.errors import BadInput
 from fluxloom.train.autoencoder import AutoencoderRun, fit_autoencoder, latent_statistics
 from fluxloom.train.data import Chunks, DataSpec, Pool, to_unit
-from fluxloom.train.loop import Rank, RunSpec, Stage, Trainer
+from fluxloom.train.loop import DRAW, Rank, RunSpec, Stage, Trainer
 from fluxloom.train.model import Draw, Trainee, flow_loss
 from fluxloom.weights.load import ASSETS, build, load_folder, part, save_card, save_compact
 
@@ -124,7 +124,7 @@ def refinement(minutes: float | None = None) -> RunSpec:
     """More of the same from trained weights, on everything at once; batches are for each of four ranks."""
     return RunSpec(
         spec=NANO,
-        stages=_lessons(Draw(mean=0.8, std=1.2, dropout=0.1), Draw(mean=0.8, std=1.2, dropout=0.1)),
+        stages=_lessons(DRAW, DRAW),
         steps=60_000,
         minutes=minutes,
         lr=1.5e-3,

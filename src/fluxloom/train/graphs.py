@@ -29,8 +29,9 @@ class CapturedBackward:
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.loss = loss(self.inputs)
-            self.loss.backward()
+            value = loss(self.inputs)
+            value.backward()
+        self.loss = value.detach()  # the graph of gradients must die: the next capture is on another stream
         gradient.copy_(kept)  # what warming up added
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -38,4 +39,4 @@ class CapturedBackward:
         for name, value in batch.items():
             self.inputs[name].copy_(value)
         self.graph.replay()
-        return self.loss.detach().clone()
+        return self.loss.clone()

@@ -23,6 +23,11 @@ from fluxloom.train.graphs import CapturedBackward
 from fluxloom.train.model import Batch, Draw, Trainee, flow_loss, guidance_loss
 from fluxloom.train.optim import Optimiser
 
+# Times: objects are decided at t > 0.75, so look there (measured); the deviation is wider than 1, so that the clean
+# end, where edges sharpen, is seen too.
+DRAW = Draw(mean=0.8, std=1.2, dropout=0.1)
+EDIT = Draw(mean=0.6, std=1.2, dropout=0.1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -37,10 +42,8 @@ class Stage:
     edits: int
     pool: int
     refresh: int = 1
-    # Times: objects are decided at t > 0.75, so look there (measured); the deviation is wider than 1, so that the clean
-    # end, where edges sharpen, is seen too.
-    draw: Draw = Draw(mean=0.8, std=1.2, dropout=0.1)
-    edit: Draw = Draw(mean=0.6, std=1.2, dropout=0.1)
+    draw: Draw = DRAW
+    edit: Draw = EDIT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ class RunSpec:
     compile: bool = True
     workers: int = 14
     log_every: int = 50
-    save_every: float = 150.0  # seconds
+    save_every: float = 280.0  # seconds
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Judging pictures without a human: an independent recogniser of the illustrated world."""
