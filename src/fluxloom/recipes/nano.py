@@ -244,9 +244,9 @@ def run_weights(out: Path) -> dict[str, Tensor]:
 
 
 def export(out: Path, assets: Path, facts: dict[str, Any]) -> None:
-    """Shards, vocabulary and card as the package ships them: transformer and text in 6 bits, the autoencoder in 8."""
+    """Shards, vocabulary and card as the package ships them, all in 6 bits."""
     state = run_weights(out)
-    save_compact(state, assets, default="int6", overrides={"autoencoder.": "int8"})
+    save_compact(state, assets, default="int6")
     (assets / "vocab.txt").write_bytes((out / "vocab.txt").read_bytes())
     count = sum(tensor.numel() for tensor in state.values())
     date = datetime.date.today().isoformat()
