@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 Size = tuple[int, int]  # (width, height) in pixels
 
@@ -66,8 +67,42 @@ class AutoencoderSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClipSpec:
+    """Shape of CLIP's text tower; defaults are ViT-L/14, whose pooled state FLUX.1 reads."""
+
+    vocab_size: int = 49_408
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp: int = 3_072
+    max_length: int = 77
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Spec:
+    """Shape of a T5 v1.1 encoder; defaults are XXL (4.76 B parameters), whose last states FLUX.1 reads."""
+
+    vocab_size: int = 32_128
+    width: int = 4_096
+    layers: int = 24
+    heads: int = 64
+    head_dim: int = 64
+    mlp: int = 10_240
+    buckets: int = 32  # of relative positions
+    max_distance: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPair:
+    """Both text encoders of the 12 B members."""
+
+    clip: ClipSpec = ClipSpec()
+    t5: T5Spec = T5Spec()
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextSpec:
-    """Shape of nano's own text tower; the 12 B members use CLIP-L and T5 (their sizes are fixed)."""
+    """Shape of nano's own text tower; the 12 B members use a :class:`TextPair`."""
 
     vocab_size: int
     width: int = 256
@@ -92,14 +127,44 @@ class TaskDefaults:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a member is published.
+
+    file    the official single file of the transformer, or of the adapter
+    sha256  of that file, as its publisher prints it; None where that was never printed (Krea's page shows dev's)
+    page    where a gated repository's terms are accepted
+    """
+
+    repo: str
+    file: str
+    sha256: str | None = None
+    gated: bool = True
+
+    @property
+    def page(self) -> str:
+        return f"https://huggingface.co/{self.repo}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """One member of the family, complete."""
+    """One member of the family, complete.
+
+    text     its own text tower; None: the two encoders of ``pair``
+    control  what its control picture shows: canny edges, or depth
+    base     of an adapter (a LoRA, Redux): the member that it is added to
+    lora     of a LoRA: the strength that it is meant for
+    """
 
     name: str
     title: str
     transformer: TransformerSpec
     autoencoder: AutoencoderSpec = field(default_factory=AutoencoderSpec)
     text: TextSpec | None = None
+    pair: TextPair = TextPair()
+    source: Source | None = None
+    control: str | None = None
+    base: str | None = None
+    lora: float | None = None
     tasks: Mapping[str, TaskDefaults]
     shift: bool = True
     text_length: int = 512
@@ -151,61 +216,107 @@ _NANO = ModelSpec(
     embedded=True,
 )
 
+_BFL = "black-forest-labs"
+# As printed in the official repository's documents and model cards.
+_SHA = {
+    "dev": "4610115bb0c89560703c892c59ac2742fa821e60ef5871b33493ba544683abd7",
+    "schnell": "9403429e0052277ac2a87ad800adece5481eecefd9ed334e1f348723621d2a0a",
+    "kontext": "843a26dc765d3105dba081c30bce7b14c65b0988f9e8d14e9fbc8856a6deebd5",
+    "fill": "03e289f530df51d014f48e675a9ffa2141bc003259bf5f25d75b957e920a41ca",
+    "canny": "996876670169591cb412b937fbd46ea14cbed6933aef17c48a2dcd9685c98cdb",
+    "depth": "41360d1662f44ca45bc1b665fe6387e91802f53911001630d970a4f8be8dac21",
+    "canny-lora": "8eaa21b9c43d5e7242844deb64b8cf22ae9010f813f955ca8c05f240b8a98f7e",
+    "depth-lora": "1938b38ea0fdd98080fa3e48beb2bedfbc7ad102d8b65e6614de704a46d8b907",
+    "redux": "a1b3bdcb4bdc58ce04874b9ca776d61fc3e914bb6beab41efb63e4e2694dca45",
+}
+
+
+def _member(name: str, title: str, tasks: Mapping[str, TaskDefaults], source: Source | None, **facts: Any) -> ModelSpec:
+    """A row with what most members share."""
+    shared = {"transformer": TransformerSpec(), "licence": _DEV_LICENCE}
+    return ModelSpec(name=name, title=title, tasks=MappingProxyType(dict(tasks)), source=source, **{**shared, **facts})
+
+
 MODELS: Mapping[str, ModelSpec] = MappingProxyType(
     {
         spec.name: spec
         for spec in (
             _NANO,
-            ModelSpec(
-                name="flux1-dev",
-                title="FLUX.1 [dev]: text to image",
-                transformer=TransformerSpec(),
-                tasks=MappingProxyType({"generate": TaskDefaults(steps=28, guidance=3.5)}),
-                licence=_DEV_LICENCE,
+            _member(
+                "flux1-dev",
+                "FLUX.1 [dev]: text to image",
+                {"generate": TaskDefaults(steps=28, guidance=3.5)},
+                Source(repo=f"{_BFL}/FLUX.1-dev", file="flux1-dev.safetensors", sha256=_SHA["dev"]),
             ),
-            ModelSpec(
-                name="flux1-schnell",
-                title="FLUX.1 [schnell]: text to image in one to four steps",
+            _member(
+                "flux1-krea-dev",
+                "FLUX.1 Krea [dev]: text to image, less of a machine's taste",
+                {"generate": TaskDefaults(steps=28, guidance=4.5)},
+                Source(repo=f"{_BFL}/FLUX.1-Krea-dev", file="flux1-krea-dev.safetensors"),
+            ),
+            _member(
+                "flux1-schnell",
+                "FLUX.1 [schnell]: text to image in one to four steps",
+                {"generate": TaskDefaults(steps=4, guidance=None)},
+                Source(
+                    repo=f"{_BFL}/FLUX.1-schnell", file="flux1-schnell.safetensors", sha256=_SHA["schnell"], gated=False
+                ),
                 transformer=TransformerSpec(guidance_embed=False),
-                tasks=MappingProxyType({"generate": TaskDefaults(steps=4, guidance=None)}),
                 shift=False,
                 text_length=256,
                 licence="Apache-2.0",
             ),
-            ModelSpec(
-                name="flux1-kontext-dev",
-                title="FLUX.1 Kontext [dev]: instruction editing in context",
-                transformer=TransformerSpec(),
-                tasks=MappingProxyType(
-                    {
-                        "generate": TaskDefaults(steps=28, guidance=2.5),
-                        "edit": TaskDefaults(steps=28, guidance=2.5),
-                    }
-                ),
+            _member(
+                "flux1-kontext-dev",
+                "FLUX.1 Kontext [dev]: instruction editing in context",
+                {
+                    "generate": TaskDefaults(steps=28, guidance=2.5),
+                    "edit": TaskDefaults(steps=28, guidance=2.5),
+                },
+                Source(repo=f"{_BFL}/FLUX.1-Kontext-dev", file="flux1-kontext-dev.safetensors", sha256=_SHA["kontext"]),
                 preferred_sizes=KONTEXT_SIZES,
-                licence=_DEV_LICENCE,
             ),
-            ModelSpec(
-                name="flux1-fill-dev",
-                title="FLUX.1 Fill [dev]: inpainting and outpainting",
+            _member(
+                "flux1-fill-dev",
+                "FLUX.1 Fill [dev]: inpainting and outpainting",
+                {"fill": TaskDefaults(steps=50, guidance=30.0)},
+                Source(repo=f"{_BFL}/FLUX.1-Fill-dev", file="flux1-fill-dev.safetensors", sha256=_SHA["fill"]),
                 transformer=TransformerSpec(in_channels=384),
-                tasks=MappingProxyType({"fill": TaskDefaults(steps=50, guidance=30.0)}),
                 size_multiple=32,
-                licence=_DEV_LICENCE,
             ),
-            ModelSpec(
-                name="flux1-canny-dev",
-                title="FLUX.1 Canny [dev]: text to image along edges",
-                transformer=TransformerSpec(in_channels=128),
-                tasks=MappingProxyType({"control": TaskDefaults(steps=50, guidance=30.0)}),
-                licence=_DEV_LICENCE,
+            *(
+                _member(
+                    f"flux1-{control}-dev{kind}",
+                    f"FLUX.1 {control.title()} [dev]{', a LoRA for dev' if kind else ''}: text to image along {what}",
+                    {"control": TaskDefaults(steps=50, guidance=guidance)},
+                    Source(
+                        repo=f"{_BFL}/FLUX.1-{control.title()}-dev{kind}",
+                        file=f"flux1-{control}-dev{kind}.safetensors",
+                        sha256=_SHA[f"{control}{kind}"],
+                    ),
+                    transformer=TransformerSpec(in_channels=128),
+                    control=control,
+                    base="flux1-dev" if kind else None,
+                    lora=0.85 if kind else None,
+                )
+                for control, what, guidance in (("canny", "edges", 30.0), ("depth", "a depth map", 10.0))
+                for kind in ("", "-lora")
             ),
-            ModelSpec(
-                name="flux1-depth-dev",
-                title="FLUX.1 Depth [dev]: text to image along a depth map",
-                transformer=TransformerSpec(in_channels=128),
-                tasks=MappingProxyType({"control": TaskDefaults(steps=50, guidance=10.0)}),
-                licence=_DEV_LICENCE,
+            _member(
+                "flux1-redux-dev",
+                "FLUX.1 Redux [dev]: variations of a picture, an adapter for dev",
+                {"redux": TaskDefaults(steps=50, guidance=2.5)},
+                Source(repo=f"{_BFL}/FLUX.1-Redux-dev", file="flux1-redux-dev.safetensors", sha256=_SHA["redux"]),
+                base="flux1-dev",
+            ),
+            _member(
+                "tiny-1b",
+                "a shape of 1.2 B parameters to distil into; nobody publishes weights for it",
+                {"generate": TaskDefaults(steps=28, guidance=3.5), "edit": TaskDefaults(steps=28, guidance=2.5)},
+                None,
+                transformer=TransformerSpec(hidden_size=1_536, num_heads=12, depth=5, depth_single_blocks=21),
+                preferred_sizes=KONTEXT_SIZES,
+                licence="that of your weights",
             ),
         )
     }
