@@ -75,7 +75,7 @@ def test_models_lists_the_family(run: Run) -> None:
     assert {row[0] for row in rows[1:]} == set(MODELS)
     edit = MODELS["nano"].tasks["edit"]
     shown = next(row for row in rows if row[:2] == ["nano", "edit"])
-    assert shown[2:] == [str(edit.steps), f"{edit.guidance:g}", f"{edit.true_cfg:g}", "256x256", "Apache-2.0"]
+    assert shown[2:] == [str(edit.steps), f"{edit.guidance:g}", f"{edit.true_cfg:g}", "256x256", "in the package", "Apache-2.0"]
     assert {model["name"] for model in json.loads(run("models", "--json").out)["models"]} == set(MODELS)
 
 
