@@ -68,8 +68,12 @@ OFFICIAL_MEMBERS = {
     "flux1-kontext-dev": configs["flux-dev-kontext"],
     "flux1-fill-dev": configs["flux-dev-fill"],
     "flux1-canny-dev": configs["flux-dev-canny"],
+    "flux1-canny-dev-lora": configs["flux-dev-canny-lora"],
     "flux1-depth-dev": configs["flux-dev-depth"],
+    "flux1-depth-dev-lora": configs["flux-dev-depth-lora"],
+    "flux1-redux-dev": configs["flux-dev-redux"],
 }
+UNKNOWN_THERE = {"nano", "tiny-1b", "flux1-krea-dev"}  # ours, and one that is younger than the package
 
 # Scheduler configurations of the published FLUX.1 dev and schnell repositories.
 SCHEDULERS = {

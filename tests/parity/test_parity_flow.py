@@ -13,6 +13,7 @@ from mutations import TOLERANCE, WIDE, Mutation, each
 from oracles import (
     KONTEXT_SIZES,
     OFFICIAL_MEMBERS,
+    UNKNOWN_THERE,
     FluxPipeline,
     calculate_shift,
     diffusers_ids,
@@ -127,8 +128,8 @@ def test_preferred_sizes(oracle: str) -> None:
 
 
 def test_hyper_parameters() -> None:
-    """Every row of the family but nano's is the official one."""
-    assert OFFICIAL_MEMBERS.keys() == MODELS.keys() - {"nano"}
+    """Every row of the family that the official package knows is its own."""
+    assert OFFICIAL_MEMBERS.keys() == MODELS.keys() - UNKNOWN_THERE
     for name, theirs in OFFICIAL_MEMBERS.items():
         expected = vars(theirs.params) | {"axes_dim": tuple(theirs.params.axes_dim)}
         assert asdict(MODELS[name].transformer) == expected, name
