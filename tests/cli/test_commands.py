@@ -64,7 +64,7 @@ def test_replay_is_bit_exact(run: Run, here: Path, drawn: Path) -> None:
 def test_info_shows_the_receipt(run: Run, drawn: Path) -> None:
     shown = run("info", drawn.name).out
     assert "state    intact" in shown
-    assert "prompt       a cat" in shown
+    assert "prompt         a cat" in shown
     about = json.loads(run("info", "--json").out)
     assert about["versions"]["torch"]
     assert about["nano"]["model"] == "nano"
@@ -75,7 +75,14 @@ def test_models_lists_the_family(run: Run) -> None:
     assert {row[0] for row in rows[1:]} == set(MODELS)
     edit = MODELS["nano"].tasks["edit"]
     shown = next(row for row in rows if row[:2] == ["nano", "edit"])
-    assert shown[2:] == [str(edit.steps), f"{edit.guidance:g}", f"{edit.true_cfg:g}", "256x256", "in the package", "Apache-2.0"]
+    assert shown[2:] == [
+        str(edit.steps),
+        f"{edit.guidance:g}",
+        f"{edit.true_cfg:g}",
+        "256x256",
+        "in the package",
+        "Apache-2.0",
+    ]
     assert {model["name"] for model in json.loads(run("models", "--json").out)["models"]} == set(MODELS)
 
 

@@ -79,7 +79,7 @@ def test_the_reference_is_resized_to_a_size_the_model_likes(runtime: Runtime, gi
 
     spec = MODELS["flux1-kontext-dev"]
     request = resolve(Request(prompt="x", references=(Reference(photo(400, 300)),), **given), spec)
-    made = condition(request, spec, runtime.read, encode)
+    made = condition(request, spec, lambda prompt, **_: runtime.read(prompt), encode)
     assert sizes == [(1184, 880)]
     width, height = given.get("width", 1184), given.get("height", 880)
     assert (request.width, request.height) == (width, height)

@@ -98,8 +98,8 @@ def test_a_seed_left_out_is_drawn_in_32_bits() -> None:
         ({"width": -64, "height": 10**400}, "try 32x512"),
         ({"width": 144, "height": 128}, "at most 16,384 pixels"),
         ({"width": 64.0}, "width 64.0, allowed a whole number"),
-        ({"references": (Reference(photo()), Reference(photo()))}, "2 references, allowed one in this release"),
-        ({"references": (Reference(photo(), "style"),)}, "role 'style', allowed context"),
+        ({"references": (Reference(photo()),) * 11}, "11 references, allowed 10, try the 10 that matter most"),
+        ({"references": (Reference(photo(), "style"),)}, "role 'style', allowed context or image"),
     ],
 )
 def test_refusals(fields: dict[str, Any], message: str) -> None:

@@ -16,6 +16,7 @@ from fluxloom.core.specs import MODELS, ModelSpec
 from fluxloom.errors import Failure, WeightsError
 from fluxloom.infer.conditions import Row
 from fluxloom.infer.pictures import to_tensor
+from fluxloom.infer.reading import OwnTower
 from fluxloom.infer.runtime import Runtime
 from fluxloom.weights.load import save_card, save_compact
 
@@ -105,8 +106,10 @@ def test_bfloat16_computes_in_it_and_answers_in_float32(folder: Path, runtime: R
 
 def test_text_states_are_those_of_the_tower_and_remembered(folder: Path) -> None:
     runtime = open_model(folder)
+    reader = runtime.reader
+    assert isinstance(reader, OwnTower)
     states = runtime.read("a red cat")
-    expected = runtime.tower(torch.tensor([runtime.tokenizer.encode("a red cat")]))
+    expected = reader.tower(torch.tensor([reader.tokenizer.encode("a red cat")]))
     assert torch.equal(states.tokens, expected.tokens)
     assert torch.equal(states.pooled, expected.pooled)
     assert states.tokens.shape == (1, LENGTH, 16)

@@ -49,13 +49,16 @@ class _Job:
     request: Resolved
     conditions: Conditioning
     notes: list[str]
+    translations: dict[str, str]
     hw: tuple[int, int]
 
     def trajectory(self, index: int, device: torch.device) -> Trajectory:
         """The path of picture ``index``."""
         x = self.conditions.start(index).to(device)
         solver = SOLVERS[self.request.solver].run
-        return trajectory(x, solver, self.conditions.times, self.conditions.rows, self.request.true_cfg)
+        known = self.conditions.known(index)
+        held = None if known is None else known.to(device)
+        return trajectory(x, solver, self.conditions.times, self.conditions.rows, self.request.true_cfg, held)
 
 
 @dataclass(frozen=True)
@@ -124,9 +127,15 @@ class Pipeline:
 
     def _job(self, request: Resolved) -> _Job:
         runtime = self.runtime
-        notes = [note for text in (request.prompt, request.negative) for note in runtime.notes(text)]
-        conditions = condition(request, runtime.spec, runtime.read, runtime.encode)
-        return _Job(request, conditions, notes, latent_hw(request.width, request.height))
+        notes = [
+            *runtime.notes(request.prompt, prompt_t5=request.prompt_t5, text_length=request.text_length),
+            *runtime.notes(request.negative, text_length=request.text_length),
+        ]
+        conditions = condition(request, runtime.spec, runtime.read, runtime.encode, runtime.see)
+        texts = [text for text in (request.prompt, request.prompt_t5, request.negative) if text]
+        read = {text: runtime.reader.translation(text) for text in texts}
+        translations = {text: english for text, english in read.items() if english is not None}
+        return _Job(request, conditions, notes, translations, latent_hw(request.width, request.height))
 
     def _receipt(self, job: _Job, index: int, image: Image.Image, seconds: float, batch: int = 1) -> Receipt:
         spec, request = self.runtime.spec, job.request
@@ -139,6 +148,7 @@ class Pipeline:
                 "inputs": [found.to_dict() for found in request.inputs],
                 "pixels": pixel_hash(image),
                 "warnings": job.notes,
+                **({"translations": job.translations} if job.translations else {}),
                 "versions": versions(),
                 "machine": {**self.runtime.machine(), **({"batch": batch} if batch > 1 else {})},
                 "seconds": round(seconds, 3),

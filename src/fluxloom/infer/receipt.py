@@ -6,9 +6,11 @@ A receipt (schema 1) is JSON:
     fluxloom    version
     model       {name, content}: the row of MODELS, and the hash of the weight files
     request     every field as it was resolved, with the ``index`` of this picture among n and its own ``seed``
-    inputs      [{role, pixels, size, file, receipt}]: hash of the decoded pixels, file name as a hint, parent's id
+    inputs      [{role, pixels, size, file, receipt}]: hash of the decoded pixels, file name as a hint, parent's id; of
+                a picture that stands for words also its ``weight``
     pixels      hash of the picture as it was drawn, before a file format touched it
     warnings    what the user was told
+    translations    {text: what was read in its place}, where a text was translated
     versions, machine    libraries; device, dtype, threads, processor, platform; ``batch``, how many pictures were
                 drawn together, where it was more than one
     seconds, created     wall time, with that of whoever watched; UTC

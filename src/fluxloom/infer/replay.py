@@ -16,6 +16,7 @@ from PIL import Image
 
 from fluxloom.errors import BadInput, ReceiptError
 from fluxloom.infer import files, pictures
+from fluxloom.infer.control import SUFFIX, file_hash
 from fluxloom.infer.pipeline import Pipeline, Preview
 from fluxloom.infer.receipt import Receipt, examine, intact
 from fluxloom.infer.request import Picture, Reference, Request, Result
@@ -24,6 +25,8 @@ _SAME_NAME = (
     "prompt", "negative", "strength", "width", "height", "steps", "guidance", "true_cfg", "solver", "shift",
     "text_length", "seed",
 )  # fmt: skip
+_ROLES = ("init", "mask", "control")  # of inputs that are fields of a request
+_SINCE = {"prompt_t5": None, "expand": None, "control_ready": False}  # fields that receipts of version 0.1.0 lack
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,10 @@ def replay(
 ) -> Replay:
     """Draw the picture in a file again.
 
-    An edit needs its input picture: it is looked for among ``inputs``, then beside the file, by the hash of its
-    pixels. Where only a lossy copy of a drawn input is found, the input is drawn again first from its own receipt.
-    Raises ReceiptError where the file is not an intact picture of this model or an input is missing.
+    What it was made from is looked for among ``inputs``, then beside the file: pictures by the hash of their pixels, a
+    depth model (.onnx) by that of the file. Where only a lossy copy of a drawn input is found, the input is drawn
+    again first from its own receipt. Raises ReceiptError where the file is not an intact picture of this model or an
+    input is missing.
     """
     found, rgb = pictures.read(path)
     verdict = examine(found, rgb)
@@ -86,6 +90,7 @@ class _Wanted:
     size: list[int]
     file: str | None
     receipt: str | None
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         read: tuple[object, object] = (self.pixels, self.size)  # whatever the file said
@@ -117,19 +122,53 @@ def _redraw(
     name, own = receipt.data["model"].get("name"), pipeline.runtime.spec.name
     if name != own:
         raise ReceiptError(f"got a picture drawn by {name!r}, allowed one by the loaded {own!r}, try loading {name!r}")
+    was: dict[str, Any] = receipt.data["request"]
     try:
-        asked: dict[str, Any] = {field: receipt.data["request"][field] for field in _SAME_NAME}
+        asked: dict[str, Any] = {field: was[field] for field in _SAME_NAME}
         wanted = [_Wanted(**entry) for entry in receipt.data["inputs"]]
+        model = was.get("control_model")
+        asked["control_model"] = None if model is None else _depth_model(model["file"], model["sha256"], candidates)
     except (KeyError, TypeError) as error:
         raise ReceiptError(f"got a receipt without all its parts ({error}), allowed whole ones, try another") from error
-    found = {entry.role: _locate(pipeline, entry, candidates) for entry in wanted}
-    asked["references"] = (Reference(found["context"]),) if "context" in found else ()
+    asked |= {field: was.get(field, default) for field, default in _SINCE.items()}
+    found = [(entry, _locate(pipeline, entry, candidates)) for entry in wanted]
+    asked |= {entry.role: picture for entry, picture in found if entry.role in _ROLES}
+    asked["references"] = tuple(
+        Reference(picture, entry.role, entry.weight) for entry, picture in found if entry.role not in _ROLES
+    )
+    if sum(reference.role == "context" for reference in asked["references"]) > 1:
+        asked["positions"] = was.get("positions")
+    for text, english in _translations(receipt).items():
+        pipeline.runtime.reader.recall(text, english)
     with _threads(receipt.data["machine"].get("threads")):
-        return pipeline.run(Request(**asked, init=found.get("init")), observe)[0]
+        return pipeline.run(Request(**asked), observe)[0]
+
+
+def _translations(receipt: Receipt) -> dict[str, str]:
+    """What was read in place of texts: a translator asked again might answer otherwise."""
+    found: object = receipt.data.get("translations", {})
+    match found:
+        case dict() if all(isinstance(text, str) for text in (*found, *found.values())):
+            return dict(found)
+    raise ReceiptError("got a receipt whose translations are no texts, allowed texts, try another")
 
 
 def _beside(path: Path) -> list[Path]:
-    return sorted(other for other in path.parent.iterdir() if other.suffix.lower() in files.FORMATS)
+    wanted = (*files.FORMATS, SUFFIX)
+    return sorted(other for other in path.parent.iterdir() if other.suffix.lower() in wanted)
+
+
+def _depth_model(file: str, sha256: str, candidates: list[Picture]) -> Path:
+    """The depth model of a receipt, by the hash of its file."""
+    for candidate in candidates:
+        if isinstance(candidate, (str, os.PathLike)):
+            path = Path(candidate)
+            if path.suffix.lower() == SUFFIX and path.is_file() and file_hash(path) == sha256:
+                return path
+    raise ReceiptError(
+        f"got a picture made with the depth model {file} (sha256 {sha256[:12]}…), which is not beside it, allowed with "
+        "that file, try giving it as input"
+    )
 
 
 def _locate(pipeline: Pipeline, wanted: _Wanted, candidates: list[Picture]) -> Picture:

@@ -15,7 +15,10 @@ from fluxloom.core.shapes import fit_size, nearest_size
 from fluxloom.core.solvers import SOLVERS
 from fluxloom.core.specs import MODELS, ModelSpec, Size, TaskDefaults
 from fluxloom.errors import BadInput
-from fluxloom.infer.pictures import pixel_hash, read
+from fluxloom.infer.canvas import Margins
+from fluxloom.infer.checks import either, flag, number, whole
+from fluxloom.infer.control import WITH_MODEL, DepthModel
+from fluxloom.infer.pictures import MAX_PIXELS, pixel_hash, read
 from fluxloom.infer.receipt import Receipt, examine
 from fluxloom.infer.receipt import save as save_picture
 
@@ -24,6 +27,13 @@ MAX_STEPS = 1_000
 MAX_PICTURES = 1_000
 MAX_SCALE = 100.0  # of guidance and true CFG; trained and useful values are under 40
 MAX_SEED = 2**64 - 1  # what torch's generator takes
+MAX_REFERENCES = 10  # of a megapixel each: 40,000 tokens beside those of the picture
+MAX_MARGIN = 8_192  # pixels
+MAX_WEIGHT = 10.0  # of a picture among words
+POSITIONS = ("index", "offset")
+_ROLES = {"context": "edit", "image": "redux"}  # of references, and the task that they make
+_PICTURES = {"edit": "references", "fill": "init with mask", "control": "control", "redux": "references as image"}
+_WORDLESS = ("fill", "redux")  # tasks in which the prompt may be empty, as in the official command line
 STRENGTH = 0.8  # of an init picture, as in the official demo
 
 
@@ -63,23 +73,39 @@ Picture = Image.Image | str | os.PathLike[str] | Result
 
 @dataclass(frozen=True)
 class Reference:
-    """A picture that the drawing looks at; the role ``context`` is the picture that an instruction edits."""
+    """A picture that the drawing looks at.
+
+    role    ``context``: a picture that an instruction edits or takes from; ``image``: one that stands for words (Redux)
+    weight  of an ``image``: how strongly it speaks, 0 to 10
+    """
 
     image: Picture
     role: str = "context"
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """Everything that can be asked for. Fields left at None take the model's own values; none is ever ignored.
 
-    prompt        what to draw, or with a reference: what to change; at most 2,000 characters
+    prompt        what to draw, or with a reference: what to change; at most 2,000 characters. It may be empty where
+                  a picture says enough: with a mask for a Fill model, with pictures for Redux
     negative      what not to draw; needs ``true_cfg`` over 1
-    references    the picture to edit (this release: one)
-    init          a picture to start from instead of pure noise, kept the more the smaller ``strength`` is
-    strength      0 < strength <= 1: how much of the path is walked from ``init``; 0.8 unless given
-    width, height in pixels: multiples of 16 that the model allows. Left out, they are the model's own, or follow
-                  the reference or init picture (:func:`working_size`); that is resized without cropping
+    prompt_t5     another text for T5 alone, where the model has T5; ``prompt`` then goes to CLIP
+    references    pictures to edit or to take from, up to 10; or, for Redux, pictures that stand for words
+    positions     of several references: ``index`` (each on a plane of its own) or ``offset`` (side by side on one)
+    init          a picture to start from instead of pure noise, kept the more the smaller ``strength`` is; with
+                  ``mask`` or ``expand``: the picture of which a part is repainted
+    strength      0 < strength <= 1: how much of the path is walked from ``init``; 0.8 unless given, and the whole path
+                  where a part is repainted
+    mask          of the size of ``init``: white (or transparent) is repainted, black stays, grey is between. A Fill
+                  model sees what stays; with any other the latent of what stays is led back to the picture's own
+    expand        (left, top, right, bottom): pixels of new canvas around ``init``, in its own scale, to be painted
+    control       a picture whose edges or depth the drawing follows, for a model that was taught to
+    control_ready ``control`` is itself a picture of edges or depth, and taken as it is
+    control_model path of a depth model (ONNX) that makes the depth map of ``control``; runs in onnxruntime
+    width, height in pixels: multiples of 16 (Fill: 32) that the model allows. Left out, they are the model's own, or
+                  follow the first input picture (:func:`working_size`); that is resized without cropping
     n             how many pictures; picture k takes seed + k
     steps         1 to 1,000; ``adaptive`` takes it as the length of its first step
     guidance      a number that the model was taught to follow (dev and its kin)
@@ -92,9 +118,16 @@ class Request:
 
     prompt: str
     negative: str = ""
+    prompt_t5: str | None = None
     references: tuple[Reference, ...] = ()
+    positions: str | None = None
     init: Picture | None = None
     strength: float | None = None
+    mask: Picture | None = None
+    expand: Margins | None = None
+    control: Picture | None = None
+    control_ready: bool = False
+    control_model: str | os.PathLike[str] | None = None
     width: int | None = None
     height: int | None = None
     n: int = 1
@@ -109,17 +142,20 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """A picture that goes in, decoded: its role (``context`` or ``init``), where it came from, what it hashes to."""
+    """A picture that goes in, decoded: its role (``context``, ``image``, ``init``, ``mask`` or ``control``), where it
+    came from, what it hashes to; of an ``image`` its weight."""
 
     role: str
     image: Image.Image
     pixels: str
     file: str | None
     receipt: str | None
+    weight: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """As a receipt records it."""
-        found = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "image"}
+        left_out = ("image",) if self.role == "image" else ("image", "weight")
+        found = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in left_out}
         return {**found, "size": list(self.image.size)}
 
 
@@ -129,9 +165,14 @@ class Resolved:
 
     task: str
     prompt: str
+    prompt_t5: str | None
     negative: str
     inputs: tuple[Input, ...]
+    positions: str
     strength: float | None
+    expand: Margins | None
+    control_ready: bool
+    control_model: DepthModel | None
     width: int
     height: int
     n: int
@@ -150,66 +191,117 @@ class Resolved:
 
     def input(self, role: str) -> Input | None:
         """The input picture of a role."""
-        return next((found for found in self.inputs if found.role == role), None)
+        return next(iter(self.all_of(role)), None)
+
+    def all_of(self, role: str) -> list[Input]:
+        """All input pictures of a role, in their order."""
+        return [found for found in self.inputs if found.role == role]
+
+    @property
+    def repaints(self) -> bool:
+        """Whether a part of the init picture stays."""
+        return self.expand is not None or self.input("mask") is not None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a receipt records them; pictures are recorded beside."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "inputs"}
+        found = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "inputs"}
+        expand = None if self.expand is None else list(self.expand)
+        return {**found, "expand": expand, "control_model": self.control_model and self.control_model.to_dict()}
 
 
 def resolve(request: Request, spec: ModelSpec) -> Resolved:
     """Check a request against a model and fill in what it leaves open. Raises BadInput."""
-    task = "edit" if request.references else "generate"
+    task = _task(request, spec)
     row = _row(spec, task)
-    steps = _whole("steps", _or(request.steps, row.steps), 1, MAX_STEPS)
-    n = _whole("n", request.n, 1, MAX_PICTURES)
-    true_cfg = _number("true_cfg", _or(request.true_cfg, row.true_cfg), 1.0, MAX_SCALE)
+    steps = whole("steps", either(request.steps, row.steps), 1, MAX_STEPS)
+    n = whole("n", request.n, 1, MAX_PICTURES)
+    true_cfg = number("true_cfg", either(request.true_cfg, row.true_cfg), 1.0, MAX_SCALE)
     seed = int.from_bytes(os.urandom(4), "little") if request.seed is None else request.seed
     inputs = _inputs(request)
-    width, height = _size(request, spec, row, inputs)
+    expand = _expand(request, inputs)
+    width, height = _size(request, spec, row, inputs, expand)
     return Resolved(
         task=task,
         prompt=_prompt(request.prompt, task),
+        prompt_t5=_prompt_t5(request.prompt_t5, spec),
         negative=_negative(request.negative, true_cfg),
         inputs=inputs,
+        positions=_positions(request),
         strength=_strength(request, steps),
+        expand=expand,
+        control_ready=_control_ready(request),
+        control_model=_control_model(request, spec),
         width=width,
         height=height,
         n=n,
         steps=steps,
         guidance=_guidance(request, spec, row),
         true_cfg=true_cfg,
-        solver=_solver(_or(request.solver, row.solver)),
-        shift=_flag("shift", _or(request.shift, spec.shift)),
+        solver=_solver(either(request.solver, row.solver)),
+        shift=flag("shift", either(request.shift, spec.shift)),
         text_length=_text_length(request.text_length, spec),
-        seed=_whole("seed", seed, 0, MAX_SEED - n + 1),
+        seed=whole("seed", seed, 0, MAX_SEED - n + 1),
     )
 
 
-def working_size(spec: ModelSpec, row: TaskDefaults, width: int, height: int) -> Size:
+def working_size(spec: ModelSpec, row: TaskDefaults, width: int, height: int, expand: Margins = (0, 0, 0, 0)) -> Size:
     """The size at which a model works on a picture: of its preferred sizes the one nearest in aspect, or, where it
     has none, the picture's own, scaled down to the area of the task's default size and rounded to what is allowed:
-    nano, taught at 256 x 256, sees a photo of 4000 x 3000 at 288 x 224."""
+    nano, taught at 256 x 256, sees a photo of 4000 x 3000 at 288 x 224. With new canvas around it (``expand``) the
+    picture keeps the scale that it would have alone, as far as the model's largest area allows."""
+    left, top, right, bottom = expand
+    canvas = (left + width + right, top + height + bottom)
     if spec.preferred_sizes:
-        return nearest_size(width, height, spec.preferred_sizes)
-    return fit_size(width, height, spec.size_multiple, spec.min_side, math.prod(row.size))
+        return nearest_size(*canvas, spec.preferred_sizes)
+    area = math.prod(row.size) * math.prod(canvas) // (width * height)
+    return fit_size(*canvas, spec.size_multiple, spec.min_side, min(area, spec.max_area))
+
+
+def _task(request: Request, spec: ModelSpec) -> str:
+    """What is asked for, by what is given. Repainting is a task of its own where the model was taught it; any other
+    model repaints on the way of its own tasks."""
+    for reference in request.references:
+        if reference.role not in _ROLES:
+            raise BadInput(
+                f"got a reference with role {reference.role!r}, allowed {' or '.join(_ROLES)}, try leaving it out"
+            )
+    given = {_ROLES[reference.role] for reference in request.references}
+    if request.control is not None:
+        given.add("control")
+    if (request.mask is not None or request.expand is not None) and spec.task("fill"):
+        given.add("fill")
+    if len(given) > 1:
+        raise BadInput(f"got pictures for {' and '.join(sorted(given))}, allowed one task a request, try two requests")
+    return next(iter(given), "generate")
 
 
 def _row(spec: ModelSpec, task: str) -> TaskDefaults:
     row = spec.task(task)
     if row is None:
         others = [other.name for other in MODELS.values() if other.task(task)]
-        raise BadInput(f"got {task} for {spec.name}, allowed {', '.join(spec.tasks)}, try {' or '.join(others)}")
+        # Who gave no picture to a model that needs one is told of the picture, not of another model.
+        near = others if task != "generate" else [_PICTURES[own] for own in spec.tasks]
+        raise BadInput(f"got {task} for {spec.name}, allowed {', '.join(spec.tasks)}, try {' or '.join(near)}")
     return row
 
 
 def _prompt(prompt: object, task: str) -> str:
     what = "an instruction" if task == "edit" else "a prompt"
     example = "make the sky red" if task == "edit" else "a red bicycle on the beach"
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str) or not (prompt.strip() or task in _WORDLESS):
         got = "an empty text" if isinstance(prompt, str) else type(prompt).__name__
         raise BadInput(f"got {got} as prompt, allowed {what} in words, try {example!r}")
     return _short(prompt, "prompt")
+
+
+def _prompt_t5(prompt: object, spec: ModelSpec) -> str | None:
+    if prompt is None:
+        return None
+    if spec.text is not None:
+        raise BadInput(f"got prompt_t5 for {spec.name}, which has no T5, allowed none, try prompt")
+    if not isinstance(prompt, str):
+        raise BadInput(f"got {type(prompt).__name__} as prompt_t5, allowed a text, try leaving it out")
+    return _short(prompt, "prompt_t5")
 
 
 def _short(text: str, name: str) -> str:
@@ -233,7 +325,9 @@ def _strength(request: Request, steps: int) -> float | None:
         if request.strength is not None:
             raise BadInput("got strength without init, allowed only with a picture to start from, try init")
         return None
-    strength = _number("strength", _or(request.strength, STRENGTH), 0.0, 1.0)
+    if request.strength is None and (request.mask is not None or request.expand is not None):
+        return None
+    strength = number("strength", either(request.strength, STRENGTH), 0.0, 1.0)
     first = _first_step(strength, steps)
     if first >= steps:
         raise BadInput(f"got strength {strength:g}, allowed over 0 and at most 1, try {STRENGTH}")
@@ -247,7 +341,7 @@ def _strength(request: Request, steps: int) -> float | None:
 
 def _guidance(request: Request, spec: ModelSpec, row: TaskDefaults) -> float | None:
     if spec.transformer.guidance_embed:
-        return _number("guidance", _or(request.guidance, row.guidance), 0.0, MAX_SCALE)
+        return number("guidance", either(request.guidance, row.guidance), 0.0, MAX_SCALE)
     if request.guidance is not None:
         raise BadInput(f"got guidance for {spec.name}, which was not taught to follow it, allowed none, try true_cfg")
     return None
@@ -269,24 +363,101 @@ def _text_length(length: int | None, spec: ModelSpec) -> int:
     if length is None:
         return spec.text_length
     # A tower of the model's own has learned one length, padding included.
-    return _whole("text_length", length, spec.text_length if spec.text else 1, spec.text_length)
+    return whole("text_length", length, spec.text_length if spec.text else 1, spec.text_length)
+
+
+def _positions(request: Request) -> str:
+    if request.positions is None:
+        return POSITIONS[0]
+    if request.positions not in POSITIONS:
+        raise BadInput(f"got positions {request.positions!r}, allowed {', '.join(POSITIONS)}, try {POSITIONS[0]}")
+    if sum(reference.role == "context" for reference in request.references) < 2:
+        raise BadInput("got positions without several references, allowed only with them, try leaving it out")
+    return request.positions
 
 
 def _inputs(request: Request) -> tuple[Input, ...]:
-    if len(request.references) > 1:
-        raise BadInput(f"got {len(request.references)} references, allowed one in this release, try the first")
-    for reference in request.references:
-        if reference.role != "context":
-            raise BadInput(f"got a reference with role {reference.role!r}, allowed context, try leaving it out")
-    found = [_input(reference.image, "context") for reference in request.references]
-    return (*found, _input(request.init, "init")) if request.init is not None else tuple(found)
+    """All pictures, decoded: references, then init, mask, control. What the size follows comes first."""
+    if len(request.references) > MAX_REFERENCES:
+        got = len(request.references)
+        raise BadInput(f"got {got} references, allowed {MAX_REFERENCES}, try the {MAX_REFERENCES} that matter most")
+    found = [_input(item.image, item.role, _weight(item)) for item in request.references]
+    for role in ("init", "mask", "control"):
+        picture = getattr(request, role)
+        if picture is not None:
+            found.append(_input(picture, role))
+    if request.mask is not None:
+        _check_mask(request, found)
+    return tuple(found)
 
 
-def _input(picture: Picture, role: str) -> Input:
+def _weight(reference: Reference) -> float:
+    if reference.role == "context" and reference.weight != 1:
+        raise BadInput(f"got a context reference with weight {reference.weight!r}, allowed 1, try leaving it out")
+    return number("weight", reference.weight, 0.0, MAX_WEIGHT)
+
+
+def _check_mask(request: Request, inputs: list[Input]) -> None:
+    if request.init is None:
+        raise BadInput("got mask without init, allowed only with the picture that it belongs to, try init")
+    sizes = {found.role: found.image.size for found in inputs}
+    if sizes["mask"] != sizes["init"]:
+        (w, h), (width, height) = sizes["mask"], sizes["init"]
+        raise BadInput(f"got a mask of {w}x{h} for a picture of {width}x{height}, allowed the same size, try resizing")
+    mask = next(found.image for found in inputs if found.role == "mask")
+    if mask.convert("L").getbbox() is None and request.expand is None:
+        raise BadInput("got a mask that is black all over, allowed some white: what is repainted, try inverting it")
+
+
+def _expand(request: Request, inputs: tuple[Input, ...]) -> Margins | None:
+    given: object = request.expand
+    if given is None:
+        return None
+    if request.init is None:
+        raise BadInput("got expand without init, allowed only with a picture to expand, try init")
+    if not isinstance(given, (tuple, list)) or len(given) != 4:
+        raise BadInput(f"got expand {given!r}, allowed (left, top, right, bottom) in pixels, try (0, 0, 256, 0)")
+    left, top, right, bottom = (whole("expand", side, 0, MAX_MARGIN) for side in given)
+    if not left + top + right + bottom:
+        raise BadInput("got expand by 0 pixels all round, allowed more on some side, try leaving it out")
+    width, height = next(found.image.size for found in inputs if found.role == "init")
+    if (left + width + right) * (top + height + bottom) > MAX_PIXELS:
+        raise BadInput(
+            f"got expand {(left, top, right, bottom)} around {width}x{height} pixels, allowed at most {MAX_PIXELS:,} "
+            "in all, try less"
+        )
+    return left, top, right, bottom
+
+
+def _control_ready(request: Request) -> bool:
+    ready = flag("control_ready", request.control_ready)
+    if ready and request.control is None:
+        raise BadInput("got control_ready without control, allowed only with a control picture, try control")
+    if ready and request.control_model is not None:
+        raise BadInput("got control_model with control_ready, allowed one of the two, try leaving out control_ready")
+    return ready
+
+
+def _control_model(request: Request, spec: ModelSpec) -> DepthModel | None:
+    wanted = spec.control in WITH_MODEL and request.control is not None
+    if request.control_model is None:
+        if wanted and not request.control_ready:
+            raise BadInput(
+                f"got a picture to take {spec.control} from and no model to do it, allowed a {spec.control} map, "
+                "try control_ready with a map, or control_model"
+            )
+        return None
+    if not wanted:
+        raise BadInput(f"got control_model for {spec.name}, allowed where depth is followed, try leaving it out")
+    return DepthModel.of(request.control_model)
+
+
+def _input(picture: Picture, role: str, weight: float = 1.0) -> Input:
     if isinstance(picture, Result):
         rgb, pixels = picture.image, pixel_hash(picture.image)
         parent = picture.receipt if pixels == picture.receipt.pixels else None  # its image may have been drawn on
-        return Input(role=role, image=rgb, pixels=pixels, file=None, receipt=parent.id if parent else None)
+        source = parent.id if parent else None
+        return Input(role=role, image=rgb, pixels=pixels, file=None, receipt=source, weight=weight)
     if not isinstance(picture, (Image.Image, str, os.PathLike)):
         raise BadInput(f"got {type(picture).__name__} as picture, allowed a path, a PIL image or a Result, try a path")
     found, rgb = read(picture)
@@ -297,14 +468,20 @@ def _input(picture: Picture, role: str) -> Input:
         pixels=pixel_hash(rgb),
         file=None if isinstance(picture, Image.Image) else Path(picture).name,
         receipt=verdict.receipt.id if verdict.receipt and verdict.state == "intact" else None,
+        weight=weight,
     )
 
 
-def _size(request: Request, spec: ModelSpec, row: TaskDefaults, inputs: tuple[Input, ...]) -> Size:
-    """What was asked for; sides left out follow the first input picture, or else the row."""
-    default = working_size(spec, row, *inputs[0].image.size) if inputs else row.size
-    width = _whole("width", _or(request.width, default[0]))
-    height = _whole("height", _or(request.height, default[1]))
+def _size(
+    request: Request, spec: ModelSpec, row: TaskDefaults, inputs: tuple[Input, ...], expand: Margins | None
+) -> Size:
+    """What was asked for; sides left out follow the first input picture, with its new canvas, or else the row."""
+    default = row.size
+    if inputs:
+        margins = expand if expand is not None and inputs[0].role == "init" else (0, 0, 0, 0)
+        default = working_size(spec, row, *inputs[0].image.size, margins)
+    width = whole("width", either(request.width, default[0]))
+    height = whole("height", either(request.height, default[1]))
     multiple, low, area = spec.size_multiple, spec.min_side, spec.max_area
     if min(width, height) < low or width * height > area or width % multiple or height % multiple:
         near = [max(low, (side + multiple // 2) // multiple * multiple) for side in (width, height)]
@@ -315,31 +492,3 @@ def _size(request: Request, spec: ModelSpec, row: TaskDefaults, inputs: tuple[In
             f"at most {area:,} pixels in all, try {near[0]}x{near[1]}"
         )
     return width, height
-
-
-def _whole(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise BadInput(f"got {name} {value!r}, allowed a whole number, try leaving it out")
-    if (low is not None and value < low) or (high is not None and value > high):
-        only = f"only {low}" if low == high else f"{low} to {high}"
-        nearest = low if low is not None and value < low else high
-        raise BadInput(f"got {name} {value}, allowed {only}, try {nearest}")
-    return value
-
-
-def _number(name: str, value: object, low: float, high: float) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise BadInput(f"got {name} {value!r}, allowed a number, try leaving it out")
-    if not low <= value <= high:  # nor is NaN
-        raise BadInput(f"got {name} {value}, allowed {low:g} to {high:g}, try {low if value < low else high:g}")
-    return float(value)
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise BadInput(f"got {name} {value!r}, allowed true or false, try leaving it out")
-    return value
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value

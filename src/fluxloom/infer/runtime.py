@@ -1,8 +1,7 @@
-"""The only state of inference: modules, where and how precisely they compute, and a cache of text states."""
+"""The only state of inference: modules, where and how precisely they compute, and what has read the prompts."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,38 +14,39 @@ from torch import Tensor
 
 from fluxloom.core import shapes
 from fluxloom.core.autoencoder import Autoencoder
+from fluxloom.core.redux import Redux
 from fluxloom.core.specs import ModelSpec, TextSpec
 from fluxloom.core.text import TextStates, TextTower, Tokenizer
 from fluxloom.core.transformer import Transformer
 from fluxloom.errors import Failure, WeightsError
 from fluxloom.infer import pictures
 from fluxloom.infer.conditions import Row
+from fluxloom.infer.reading import OwnTower, Reader
 from fluxloom.infer.receipt import processor, system
 from fluxloom.infer.sample import Evaluate
 from fluxloom.weights.load import VOCABULARY, build, load_folder, part, verified
 
-_CACHED_TEXTS = 64  # states of a prompt take some 50 kB for nano, 4 MB for the 12 B members
-
 
 @dataclass
 class Runtime:
-    """One loaded model. The transformer computes in ``dtype``; text and autoencoder, whose cost is small, in
-    float32."""
+    """One loaded model. The transformer computes in ``dtype``; the autoencoder, whose cost is small, in float32; the
+    reader in the dtype of its weights."""
 
     spec: ModelSpec
     transformer: Transformer
     autoencoder: Autoencoder
-    tower: TextTower
-    tokenizer: Tokenizer
+    reader: Reader
     content: str
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
-    _texts: OrderedDict[str, TextStates] = field(default_factory=OrderedDict, repr=False)
+    redux: Redux | None = None
 
     def __post_init__(self) -> None:
         self.transformer.to(self.device, self.dtype)
         self.autoencoder.to(self.device)
-        self.tower.to(self.device)
+        if self.redux is not None:
+            self.redux.to(self.device)
+        self.reader.place(self.device, self.dtype)
 
     @classmethod
     def from_folder(cls, folder: Path, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Runtime:
@@ -66,42 +66,36 @@ class Runtime:
             spec=spec,
             transformer=build(lambda: Transformer(spec.transformer), part(state, "transformer")),
             autoencoder=build(lambda: Autoencoder(spec.autoencoder), part(state, "autoencoder")),
-            tower=build(lambda: TextTower(text), part(state, "text")),
-            tokenizer=_tokenizer(folder, text),
+            reader=OwnTower(spec.name, build(lambda: TextTower(text), part(state, "text")), _tokenizer(folder, text)),
             content=content,
             device=device,
             dtype=dtype,
         )
 
-    @torch.inference_mode()
-    def read(self, prompt: str) -> TextStates:
-        """Text states [1, L, C] of a prompt; the last 64 prompts are remembered."""
-        if prompt not in self._texts:
-            ids = torch.tensor([self.tokenizer.encode(prompt)], device=self.device)
-            states = self.tower(ids)
-            self._texts[prompt] = TextStates(states.tokens.to(self.dtype), states.pooled.to(self.dtype))
-            if len(self._texts) > _CACHED_TEXTS:
-                self._texts.popitem(last=False)
-        self._texts.move_to_end(prompt)
-        return self._texts[prompt]
+    def read(self, prompt: str, *, prompt_t5: str | None = None, text_length: int | None = None) -> TextStates:
+        """Text states [1, L, C] of a prompt, on the device and in the dtype; see :class:`reading.Reader`."""
+        return self.reader.read(prompt, prompt_t5=prompt_t5, text_length=text_length)
 
-    def notes(self, prompt: str) -> list[str]:
-        """What of a prompt does not reach the model: pieces beyond its text length, words it does not know."""
-        found = []
-        cut = self.tokenizer.overflow(prompt)
-        if cut:
-            text = _listed(" ".join(cut).replace(" ##", "").removeprefix("##").split(), " ")
-            found.append(f"the prompt is too long for {self.spec.name}; this was cut off: {text}")
-        unknown = list(dict.fromkeys(self.tokenizer.unknown(prompt)))
-        if unknown:
-            found.append(f"{self.spec.name} does not know these words: {_listed(unknown, ', ')}")
-        return found
+    def notes(self, prompt: str, *, prompt_t5: str | None = None, text_length: int | None = None) -> list[str]:
+        """What of a prompt does not reach the model, in sentences for the user."""
+        return self.reader.notes(prompt, prompt_t5=prompt_t5, text_length=text_length)
 
     @torch.inference_mode()
-    def encode(self, picture: Image.Image) -> Tensor:
-        """Normalised latent [1, C, h, w], float32 on the CPU, of an RGB picture."""
-        z: Tensor = self.autoencoder.encode(pictures.to_tensor(picture).to(self.device))
+    def encode(self, picture: Image.Image | Tensor) -> Tensor:
+        """Normalised latent [1, C, h, w], float32 on the CPU, of an RGB picture, or of one as a tensor [1, 3, H, W]."""
+        x = picture if isinstance(picture, Tensor) else pictures.to_tensor(picture)
+        z: Tensor = self.autoencoder.encode(x.to(self.device))
         return z.cpu()
+
+    @torch.inference_mode()
+    def see(self, picture: Image.Image) -> Tensor:
+        """Text tokens [1, L, C] of an RGB picture, which is squeezed into a square (official). Raises WeightsError
+        where the model was loaded without what reads pictures."""
+        if self.redux is None:
+            raise WeightsError(f"got a picture to read for {self.spec.name}, loaded without Redux, try loading it with")
+        square = picture.resize((self.redux.spec.side,) * 2, Image.Resampling.BICUBIC)
+        tokens: Tensor = self.redux(pictures.to_tensor(square).to(self.device, self.redux.redux_up.weight.dtype))
+        return tokens
 
     @torch.inference_mode()
     def decode(self, x_1LC: Tensor, hw: tuple[int, int]) -> Image.Image:
@@ -126,6 +120,9 @@ class Runtime:
             return torch.cat([one.to(self.device).expand(batch, *one.shape[1:]) for one in tensors])
 
         img = torch.cat([event.x.to(self.dtype) for event, _ in parts])
+        channels = [row.channels.to(self.dtype) for _, row in parts if row.channels is not None]
+        if channels:
+            img = torch.cat((img, spread(channels)), dim=-1)
         contexts = [row.context.to(self.dtype) for _, row in parts if row.context is not None]
         if contexts:
             img = torch.cat((img, spread(contexts)), dim=1)
@@ -153,11 +150,6 @@ class Runtime:
             "processor": torch.cuda.get_device_name(self.device) if on_gpu else processor(),
             "system": system(),
         }
-
-
-def _listed(words: list[str], separator: str, count: int = 20) -> str:
-    more = f" … and {len(words) - count} more" if len(words) > count else ""
-    return separator.join(words[:count]) + more
 
 
 def _tokenizer(folder: Path, spec: TextSpec) -> Tokenizer:

@@ -13,7 +13,7 @@ from typing import cast
 from torch import Tensor
 
 from fluxloom.core.solvers import Need, Run, Times
-from fluxloom.infer.conditions import Row
+from fluxloom.infer.conditions import Known, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,12 @@ def trajectory(
     times: Times,
     rows: tuple[Row, ...],
     true_cfg: float = 1.0,
+    known: Known | None = None,
 ) -> Trajectory:
     """Walk ``times`` from ``start`` [B, L, C]; returns the final x.
 
-    ``rows`` are one, or two under true CFG: (what is wanted, what is not). Closing the generator ends the walk.
+    ``rows`` are one, or two under true CFG: (what is wanted, what is not). ``known``: the places whose velocity need
+    not be asked for. Closing the generator ends the walk.
     """
     run = solver(start, times)
     velocity: Tensor | None = None
@@ -62,6 +64,7 @@ def trajectory(
             velocities = yield Evaluate(event.x, event.t, rows)
             assert velocities is not None, "an Evaluate is answered with velocities"
             velocity = guided(velocities, true_cfg)
+            velocity = velocity if known is None else known.hold(velocity)
         else:
             yield Step(event.index, event.total, event.t, event.x, event.x0)
             velocity = None
