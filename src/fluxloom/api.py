@@ -22,23 +22,46 @@ from fluxloom.weights.load import ASSETS, CARD, read_card
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load(reference: str | os.PathLike[str] = "nano", device: str = "cpu", dtype: str | None = None) -> Loom:
+def load(
+    reference: str | os.PathLike[str] = "nano",
+    device: str = "cpu",
+    dtype: str | None = None,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    token: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Loom:
     """Load a model.
 
-    reference  ``nano``, which comes with the package, or a folder with the same files (``card.json``, shards,
-               ``vocab.txt``); of a folder that is itself named nano, the path: ``./nano``
+    reference  ``nano``, which comes with the package; a member such as ``flux1-kontext-dev``; ``owner/name`` on a hub,
+               with ``@revision`` and ``:file`` if need be; a folder in the official or the diffusers layout; a single
+               file. Of a folder that is itself named nano, the path: ``./nano``
     device     ``cpu``, ``cuda``, ``cuda:1`` ..., or ``auto``: a GPU where there is one
-    dtype      ``float32`` or ``bfloat16`` for the transformer; float32 on the CPU and bfloat16 on a GPU unless given
+    dtype      ``float32`` or ``bfloat16`` for the transformer and the encoders of the 12 B members; float32 on the CPU
+               and bfloat16 on a GPU unless given
+    variant    which member a file is, where it does not tell (dev, Krea and Kontext have the same shapes)
+    revision, offline, token, progress    of what comes from a hub: see :func:`fluxloom.weights.hub.resolve`;
+               ``progress`` also counts the tensors of each component as they are loaded
 
-    Raises UnknownModel for another reference, BadInput for another device or dtype, and WeightsError where files
-    are missing, damaged or do not fit.
+    Raises UnknownModel for another reference, BadInput for another device or dtype, WeightsError where files are
+    missing, damaged or do not fit, and Failure where a hub cannot be reached or refuses.
     """
     where = _device(device)
-    spec, folder = _find(reference)
     name = dtype or ("float32" if where.type == "cpu" else "bfloat16")
     if name not in _DTYPES:
         raise BadInput(f"got dtype {dtype!r}, allowed {', '.join(_DTYPES)}, try float32")
-    return Loom(Pipeline(Runtime.from_folder(folder, spec, where, _DTYPES[name])))
+    if not os.fspath(reference):
+        raise UnknownModel(f"got an empty model reference, allowed {', '.join(MODELS)}, a folder or a file, try nano")
+    own = _own(reference)
+    if own is not None:
+        return Loom(Pipeline(Runtime.from_folder(own[1], own[0], where, _DTYPES[name])))
+    from fluxloom.infer.assemble import assemble
+    from fluxloom.weights.hub import resolve
+
+    located = resolve(reference, revision=revision, offline=offline, token=token, variant=variant, progress=progress)
+    return Loom(Pipeline(assemble(located, where, _DTYPES[name], variant, progress)))
 
 
 class Loom:
@@ -100,21 +123,19 @@ class Loom:
         return results[0] if n is None else results
 
 
-def _find(reference: str | os.PathLike[str]) -> tuple[ModelSpec, Path]:
-    """The row and the folder of a model reference."""
+def _own(reference: str | os.PathLike[str]) -> tuple[ModelSpec, Path] | None:
+    """The row and the folder of a model with a card: one that comes with the package, or a folder like its."""
     name = os.fspath(reference)
     folder = Path(name)
-    if reference in MODELS:  # whatever lies in the current folder; a Path is never a name
+    if isinstance(reference, str) and name in MODELS and MODELS[name].embedded:  # whatever lies in the current folder
         folder = ASSETS / name
     elif name and (folder / CARD).is_file():
         name = read_card(folder)["model"]
-    spec = MODELS.get(name)
-    if spec is None:
-        near = get_close_matches(name, MODELS, n=1) or ["nano"]
-        raise UnknownModel(f"got model {name!r}, allowed {', '.join(MODELS)} or a model folder, try {near[0]}")
-    if not (folder / CARD).is_file():
-        raise UnknownModel(f"got model {name!r}, which this release knows but cannot load yet, try nano")
-    return spec, folder
+    else:
+        return None
+    if name not in MODELS:
+        raise UnknownModel(f"got a card of model {name!r} in {folder}, allowed {', '.join(MODELS)}, try nano")
+    return MODELS[name], folder
 
 
 def _device(name: str) -> torch.device:

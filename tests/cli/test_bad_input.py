@@ -22,7 +22,7 @@ BAD = {
     "no true number": (["generate", "a cat", "--guidance", "nan"], "got guidance nan"),
     "option without value": (["generate", "a cat", "--steps"], "'--steps' requires an argument"),
     "unknown model": (["generate", "a cat", "--model", "flux1-deb"], "try flux1-dev"),
-    "model not at hand": (["generate", "a cat", "--model", "flux1-dev"], "try nano"),
+    "model without weights": (["generate", "a cat", "--model", "tiny-1b", "--offline"], "allowed weights of your own"),
     "unknown solver": (["generate", "a cat", "--solver", "eular"], "try euler"),
     "unknown option": (["generate", "a cat", "--stepz", "3"], "got unknown option --stepz"),
     "unknown command": (["genrate", "a cat"], "try `fluxloom generate`"),

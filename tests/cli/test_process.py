@@ -144,7 +144,7 @@ print(sorted({"torch", "numpy", "PIL", "cv2", "safetensors"} & sys.modules.keys(
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert done.stdout.count("Usage:") == 10
+    assert done.stdout.count("Usage:") == 12
 
 
 def test_a_traceback_is_for_those_who_ask(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,7 +221,7 @@ def test_the_embedded_recogniser_is_right_about_true_renders(embedded: Recognise
     measured = rows(embedded, 31, 6, tripped=False)
     true = {name: share for name, (share, _) in measured["true"].items()}
     least = {
-        "single surest": 0.95, "recall": 0.92, "precision": 0.95, "both of two": 0.8, "left of right": 0.98,
+        "single surest": 0.95, "recall": 0.92, "precision": 0.95, "both of two": 0.74, "left of right": 0.98,
         "colour own": 0.93, "colour painted": 0.93, "place": 0.97, "time": 0.9, "weather": 0.85, "season": 0.88,
         "style": 0.9, "filter": 0.98, "hue": 0.95, "board": 0.98, "sign word": 0.92, "sign letters": 0.85,
     }  # fmt: skip

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
+import lzma
 import tarfile
 from pathlib import Path
 
@@ -50,14 +50,14 @@ def test_it_builds_both_files(
     for _ in range(2):
         monkeypatch.setattr("sys.argv", ["tokenizers", "--sdist", str(sdist), "--out", str(out)])
         recipe.main()
-        contents.append([(out / f"{name}.json.gz").read_bytes() for name in ("clip", "t5")])
+        contents.append([(out / f"{name}.json.xz").read_bytes() for name in ("clip", "t5")])
     assert contents[0] == contents[1]  # byte for byte the same
-    clip, t5 = (json.loads(gzip.decompress(content)) for content in contents[0])
+    clip, t5 = (json.loads(lzma.decompress(content)) for content in contents[0])
     assert clip == ["i n", "t h", "th e</w>"]
     assert float(np.float32(t5["model"]["vocab"][3][1])) == SCORE
     assert len(str(t5["model"]["vocab"][3][1])) < len(str(SCORE))
     assert Tokenizer.from_str(json.dumps(t5)).encode("a  ").ids == [3, 2]  # nothing for the space at the end
-    assert "clip.json.gz" in capsys.readouterr().out
+    assert "clip.json.xz" in capsys.readouterr().out
 
 
 def test_archives_of_something_else(tmp_path: Path) -> None:

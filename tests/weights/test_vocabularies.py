@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def oracle(encoder: str) -> Any:
     """transformers' own tokenizer around the same vocabulary."""
     from transformers import CLIPTokenizer, T5Tokenizer
 
-    document = json.loads(gzip.decompress((BUNDLED / f"{encoder}.json.gz").read_bytes()))
+    document = json.loads(lzma.decompress((BUNDLED / f"{encoder}.json.xz").read_bytes()))
     if encoder == "clip":
         merges = [tuple(merge.split(" ")) for merge in document]
         return CLIPTokenizer(vocab=bundled("clip").model.get_vocab(), merges=merges)
@@ -115,7 +115,7 @@ def fill(folder: Path, encoder: str, layout: str) -> Path:
     if layout == "tokenizer.json":
         words.model.save(str(folder / layout))
     else:
-        merges = json.loads(gzip.decompress((BUNDLED / "clip.json.gz").read_bytes()))
+        merges = json.loads(lzma.decompress((BUNDLED / "clip.json.xz").read_bytes()))
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
         (folder / "vocab.json").write_text(json.dumps(words.model.get_vocab()), "utf-8")
     return folder

@@ -16,7 +16,7 @@ from fluxloom.cli import settings
 class Commands(Mapping[str, Any]):
     """``fluxloom.cli.<name>`` has the command <name>."""
 
-    names = ("generate", "edit", "replay", "info", "models", "world", "train", "evals", "demo")
+    names = ("generate", "edit", "replay", "info", "convert", "models", "lora", "world", "train", "evals", "demo")
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.names:

@@ -21,8 +21,8 @@ _SIZE = re.compile(r"(\d+)(?:[x×](\d+))?", re.IGNORECASE)
 MAX_THREADS = 1024
 
 
-def load(model: str, device: str = "cpu", threads: int | None = None, dtype: str | None = None) -> Loom:
-    """The model, ready to draw."""
+def load(model: str, device: str = "cpu", threads: int | None = None, dtype: str | None = None, **more: Any) -> Loom:
+    """The model, ready to draw. ``more`` are further arguments of :func:`fluxloom.api.load`."""
     # Read when torch is loaded. By default GNU OpenMP's threads spin long while they wait: on a machine that has other
     # work a picture then takes 3 to 8 times as long. Never spinning costs a third on an idle one; 2,000 turns cost
     # neither (measured, nano at 256 x 256, two threads on two cores, alone and two at a time).
@@ -36,7 +36,7 @@ def load(model: str, device: str = "cpu", threads: int | None = None, dtype: str
         if not 1 <= threads <= MAX_THREADS:
             raise BadInput(f"got --threads {threads}, allowed 1 to {MAX_THREADS}, try {torch.get_num_threads()}")
         torch.set_num_threads(threads)
-    return load_model(model, device, dtype)
+    return load_model(model, device, dtype, **more)
 
 
 def size_fields(size: str | None) -> dict[str, int]:
@@ -55,6 +55,8 @@ def draw(
     verb: str,
     source: Path | None = None,
     model: str,
+    variant: str | None,
+    offline: bool,
     size: str | None,
     device: str,
     threads: int | None,
@@ -70,7 +72,7 @@ def draw(
     place = Destination.at(out, force)
     done = []
     with Watch(f"loading {model}", quiet=quiet, preview=preview) as watch:
-        loom = load(model, device, threads)
+        loom = load(model, device, threads, variant=variant, offline=offline, progress=watch.part)
         from fluxloom.infer.request import Reference, Request, Result
 
         references = () if source is None else (Reference(source),)

@@ -15,6 +15,8 @@ app = typer.Typer(add_completion=False)
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw, in English or Chinese.", show_default=False)],
     model: options.Model = "nano",
+    variant: options.Variant = None,
+    offline: options.Offline = False,
     negative: options.Negative = "",
     seed: options.Seed = None,
     n: options.Number = 1,
@@ -51,6 +53,8 @@ def generate(
         fields,
         verb="drawing",
         model=model,
+        variant=variant,
+        offline=offline,
         size=size,
         device=device,
         threads=threads,

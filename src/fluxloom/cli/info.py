@@ -13,17 +13,53 @@ from fluxloom.cli.output import print_facts, print_json
 
 app = typer.Typer(add_completion=False)
 
+_WEIGHTS = (".safetensors", ".sft", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
 
 @app.command()
 def info(
-    picture: Annotated[
-        Path | None, typer.Argument(help="A picture, to show how it was made.", show_default="the installation")
+    reference: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[REF]",
+            help="A picture, to show how it was made; a checkpoint, file or folder; or a member's name.",
+            show_default="the installation",
+        ),
     ] = None,
+    hash: Annotated[bool, typer.Option("--hash", help="Hash weights of a gigabyte and more, too.")] = False,
     json: Json = False,
 ) -> None:
-    """Show how a picture was made, or what this installation consists of."""
-    facts = _installation() if picture is None else _picture(picture)
+    """Show how a picture was made, what a checkpoint is, or what this installation consists of."""
+    facts = _installation() if reference is None else _about(reference, hash)
     (print_json if json else print_facts)(facts)
+
+
+def _about(reference: str, hashed: bool) -> dict[str, Any]:
+    from fluxloom.core.specs import MODELS
+
+    path = Path(reference)
+    if path.is_dir() or path.suffix.lower() in _WEIGHTS:
+        return _checkpoint(path, hashed)
+    if reference in MODELS and not path.exists():
+        from fluxloom.weights.describe import member
+
+        return dict(member(reference))
+    return _picture(path)
+
+
+def _checkpoint(path: Path, hashed: bool) -> dict[str, Any]:
+    from fluxloom.cli.progress import Watch
+    from fluxloom.weights.checkpoint import open_checkpoint
+    from fluxloom.weights.describe import HASH_BYTES, describe
+    from fluxloom.weights.load import digest
+
+    checkpoint = open_checkpoint(path)
+    single = checkpoint.files[0] if len(checkpoint.files) == 1 else None
+    sha256 = None
+    if single is not None and (hashed or single.stat().st_size < HASH_BYTES):
+        with Watch("hashing"):
+            sha256 = digest(single)
+    return {"checkpoint": str(path), **describe(checkpoint, sha256)}
 
 
 def _picture(path: Path) -> dict[str, Any]:

@@ -20,7 +20,12 @@ SIZE = (
     "Width and height in pixels; 256 is 256x256. Default: the model's own, at the aspect of the picture to start from."
 )
 
-Model = Annotated[str, _drawing("--model", "-m", metavar="NAME", help="`fluxloom models` lists them; or a folder.")]
+MODEL = "A name of `fluxloom models`, owner/name[@revision][:file] on a hub, a folder or a file."
+Model = Annotated[str, _drawing("--model", "-m", metavar="REF", help=MODEL)]
+Variant = Annotated[
+    str | None, _drawing("--variant", metavar="NAME", help="Which member a file is, where it does not tell.")
+]
+Offline = Annotated[bool, _drawing("--offline", help="Take models as they are in the cache; ask no hub.")]
 Negative = Annotated[str, _drawing("--negative", help="What the picture should not show (with --true-cfg over 1).")]
 Seed = Annotated[int | None, _drawing("--seed", "-s", help="Seed of the noise; picture k of n takes seed + k.")]
 Number = Annotated[int, _drawing("-n", help="How many pictures.")]

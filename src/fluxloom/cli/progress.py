@@ -60,6 +60,11 @@ class Watch:
             size = self.live.console.size
             self.live.update(Group(half_blocks(event.image, size.width, size.height - 3), self.bar))
 
+    def part(self, name: str, done: int, total: int) -> None:
+        """Show how much of one part of a longer work is done: bytes of a file, tensors of a component."""
+        self.what = f"loading {name}"
+        self.count(done, total)
+
     def count(self, done: int, total: int) -> None:
         """Show how much of a longer work is done."""
         if self.live is not None:

@@ -12,8 +12,8 @@ SentencePiece does it (the array's older form counts a space at the end as a tok
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
+import lzma
 import re
 import tarfile
 from pathlib import Path
@@ -69,7 +69,7 @@ def write(path: Path, document: object) -> int:
     """Write JSON, compressed, byte for byte the same at every build; returns the size."""
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0))
+    path.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
     return path.stat().st_size
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     args = parser.parse_args()
     found = read_arrays(args.sdist)
     for name, document in (("clip", clip_document(found["clip"])), ("t5", t5_document(found["t5"]))):
-        path = args.out / f"{name}.json.gz"
+        path = args.out / f"{name}.json.xz"
         print(f"{path}: {write(path, document):,} bytes")
 
 

@@ -114,7 +114,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     module.load_state_dict(state, assign=True)
 
 
-class _Uninitialised(TorchFunctionMode):
+class Uninitialised(TorchFunctionMode):
     """Skips ``torch.nn.init``: there is nothing to initialise on the meta device, and its normal_ there would import
     torch's symbolic half, which takes longer (1.2 s) than everything else about loading nano."""
 
@@ -126,7 +126,7 @@ class _Uninitialised(TorchFunctionMode):
 
 def build(make: Callable[[], Module], state: Mapping[str, Tensor]) -> Module:
     """A module for inference with given weights: made on the meta device, so that memory holds them once."""
-    with _Uninitialised(), torch.device("meta"):
+    with Uninitialised(), torch.device("meta"):
         module = make()
     load_strict(module, state)
     return module.eval().requires_grad_(False)

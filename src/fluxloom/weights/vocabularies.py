@@ -6,8 +6,8 @@ row of :data:`FRAMES`, whatever a folder's configuration says.
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -112,7 +112,7 @@ def load_vocabulary(encoder: str, folder: Path | str | None = None) -> Vocabular
 @cache
 def bundled(encoder: str) -> Vocabulary:
     """The tokenizer of an encoder that comes with the package."""
-    return _checked(encoder, BUNDLED / f"{encoder}.json.gz", _BUNDLED[encoder])
+    return _checked(encoder, BUNDLED / f"{encoder}.json.xz", _BUNDLED[encoder])
 
 
 def _from_folder(encoder: str, folder: Path) -> Vocabulary:
@@ -160,7 +160,7 @@ def _vocabulary_and_merges(path: Path) -> Tokenizer:
 
 def _bundled_clip(path: Path) -> Tokenizer:
     """From the merges alone: the ids are bytes, bytes that end a word, merges in order, start and end."""
-    merges = json.loads(gzip.decompress(path.read_bytes()))
+    merges = json.loads(lzma.decompress(path.read_bytes()))
     pieces = [*_byte_letters(), *(f"{letter}</w>" for letter in _byte_letters())]
     pieces += [merge.replace(" ", "", 1) for merge in merges]
     return _clip({piece: i for i, piece in enumerate([*pieces, CLIP_START, CLIP_END])}, merges)
@@ -169,7 +169,7 @@ def _bundled_clip(path: Path) -> Tokenizer:
 def _bundled_t5(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    document = json.loads(gzip.decompress(path.read_bytes()))
+    document = json.loads(lzma.decompress(path.read_bytes()))
     for piece in document["model"]["vocab"]:
         piece[1] = float(np.float32(piece[1]))  # kept as the shortest text of a float32
     return Tokenizer.from_str(json.dumps(document))
