@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +49,21 @@ def size_fields(size: str | None) -> dict[str, int]:
     return {"width": int(match[1]), "height": int(match[2] or match[1])}
 
 
+def margins(text: str | None) -> tuple[int, ...] | None:
+    """``0,0,64,0``: left, top, right, bottom."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 4 or not all(part.isdecimal() and len(part) < 6 for part in parts):
+        raise BadInput(f"got --expand {text[:20]!r}, allowed left,top,right,bottom in pixels, try 0,0,64,0")
+    return tuple(map(int, parts))
+
+
 def draw(
     fields: Mapping[str, Any],
     *,
     verb: str,
-    source: Path | None = None,
+    pictures: Sequence[tuple[Path, str]] = (),
     model: str,
     variant: str | None,
     offline: bool,
@@ -67,7 +77,7 @@ def draw(
     quiet: bool,
     json: bool,
 ) -> None:
-    """Run one request (``source``: the picture to edit); save and name each picture as soon as it is done."""
+    """Run one request (``pictures``: references with their roles); save and name each picture as soon as it is done."""
     sides = size_fields(size)
     place = Destination.at(out, force)
     done = []
@@ -75,7 +85,7 @@ def draw(
         loom = load(model, device, threads, variant=variant, offline=offline, progress=watch.part)
         from fluxloom.infer.request import Reference, Request, Result
 
-        references = () if source is None else (Reference(source),)
+        references = tuple(Reference(path, role) for path, role in pictures)
         request = Request(**{**fields, **sides, "references": references})
         events = loom.stream(request)  # raises BadInput before anything is drawn
         place.probe()

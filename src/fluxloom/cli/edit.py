@@ -27,6 +27,7 @@ def edit(
     guidance: options.Guidance = None,
     true_cfg: options.TrueCfg = None,
     solver: options.Solver = None,
+    reference: options.References = None,
     device: options.Device = "cpu",
     threads: options.Threads = None,
     out: options.Out = None,
@@ -50,7 +51,7 @@ def edit(
     drawing.draw(
         fields,
         verb="editing",
-        source=image,
+        pictures=[(path, "context") for path in (image, *(reference or ()))],
         model=model,
         variant=variant,
         offline=offline,

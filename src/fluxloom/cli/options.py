@@ -36,6 +36,17 @@ TrueCfg = Annotated[float | None, _drawing("--true-cfg", help="Classifier-free g
 Solver = Annotated[str | None, _drawing("--solver", help="euler, heun, midpoint, rk4, ab2, dpmpp_2m or adaptive.")]
 Init = Annotated[Path | None, _drawing("--init", help="Picture to start from instead of pure noise.")]
 Strength = Annotated[float | None, _drawing("--strength", help="How far to leave --init behind; 0.8 unless given.")]
+Mask = Annotated[Path | None, _drawing("--mask", help="What of --init to repaint: white; black stays.")]
+Expand = Annotated[
+    str | None, _drawing("--expand", metavar="L,T,R,B", help="Pixels of new canvas around --init, to be painted.")
+]
+Control = Annotated[Path | None, _drawing("--control", help="Picture whose edges or depth to follow.")]
+ControlReady = Annotated[bool, _drawing("--control-ready", help="--control is itself of edges or depth.")]
+ControlModel = Annotated[Path | None, _drawing("--control-model", help="Depth model (ONNX) for --control.")]
+Images = Annotated[list[Path] | None, _drawing("--image", help="Picture that stands for words (Redux); repeatable.")]
+References = Annotated[
+    list[Path] | None, _drawing("--reference", help="A further picture that the edit takes from; repeatable.")
+]
 Device = Annotated[str, _drawing("--device", help="cpu, cuda or auto.")]
 Threads = Annotated[int | None, _drawing("--threads", help="Threads of the processor; default: one a core.")]
 Out = Annotated[
