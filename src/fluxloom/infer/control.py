@@ -5,7 +5,6 @@ Each kind is a row of :data:`MAPS`; which one a model reads is ``ModelSpec.contr
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from fluxloom.errors import BadInput, Failure
 from fluxloom.infer.pictures import to_tensor
+from fluxloom.weights.load import digest
 
 CANNY = (50, 200)  # thresholds of hysteresis, as in the official encoder
 SUFFIX = ".onnx"
@@ -43,17 +43,11 @@ class DepthModel:
         if found.suffix.lower() != SUFFIX or not found.is_file():
             what = "which does not exist" if found.suffix.lower() == SUFFIX else f"which is no {SUFFIX} file"
             raise BadInput(f"got control_model {os.fspath(path)!r}, {what}, allowed a depth model as ONNX, try another")
-        return cls(found, file_hash(found))
+        return cls(found, digest(found))
 
     def to_dict(self) -> dict[str, Any]:
         """As a receipt records it: no path, which is nobody else's business."""
         return {"file": self.path.name, "sha256": self.sha256}
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def edges(picture: Image.Image, model: DepthModel | None = None) -> Tensor:

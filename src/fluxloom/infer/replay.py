@@ -16,10 +16,11 @@ from PIL import Image
 
 from fluxloom.errors import BadInput, ReceiptError
 from fluxloom.infer import files, pictures
-from fluxloom.infer.control import SUFFIX, file_hash
+from fluxloom.infer.control import SUFFIX
 from fluxloom.infer.pipeline import Pipeline, Preview
 from fluxloom.infer.receipt import Receipt, examine, intact
 from fluxloom.infer.request import Picture, Reference, Request, Result
+from fluxloom.weights.load import digest
 
 _SAME_NAME = (
     "prompt", "negative", "strength", "width", "height", "steps", "guidance", "true_cfg", "solver", "shift",
@@ -163,7 +164,7 @@ def _depth_model(file: str, sha256: str, candidates: list[Picture]) -> Path:
     for candidate in candidates:
         if isinstance(candidate, (str, os.PathLike)):
             path = Path(candidate)
-            if path.suffix.lower() == SUFFIX and path.is_file() and file_hash(path) == sha256:
+            if path.suffix.lower() == SUFFIX and path.is_file() and digest(path) == sha256:
                 return path
     raise ReceiptError(
         f"got a picture made with the depth model {file} (sha256 {sha256[:12]}…), which is not beside it, allowed with "

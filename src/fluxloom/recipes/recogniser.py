@@ -35,7 +35,6 @@ from fluxloom.recipes.recogniser_data import (
     THINGS,
     UNCLEAR_AT,
     UNSEEN,
-    Batch,
     Pictures,
     PictureSpec,
     Ring,
@@ -45,6 +44,7 @@ from fluxloom.recipes.recogniser_data import (
     presence_target,
 )
 from fluxloom.recipes.recogniser_measure import CALIBRATION_SEED, MEASUREMENT_SEED, calibrate, measure, unseen
+from fluxloom.train.model import Batch
 from fluxloom.train.optim import Optimiser
 from fluxloom.weights.load import save_card, save_compact
 

@@ -21,19 +21,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fluxloom import world
 from fluxloom.core.autoencoder import Autoencoder
 from fluxloom.measure.recogniser import CELLS, HEADS, LETTERS, NONE, OWN, SIDE
-from fluxloom.train.data import to_unit, warm_atlas
+from fluxloom.train.data import load_chunks, to_unit
+from fluxloom.train.model import Batch
 from fluxloom.world.colours import COLOURS
 from fluxloom.world.mix import draw_scene
 from fluxloom.world.render import SIGN_MARK, lettering_width, sign_box
 from fluxloom.world.scene import FILTERS, PLACES, SEASONS, TIMES, WALLS, WEATHERS
 from fluxloom.world.words import SIGN_WORDS
 
-Batch = dict[str, Tensor]
 THINGS = 4
 LONGEST = 7  # letters of a made-up word
 UNSEEN = -1  # a label that cannot be known, and is not asked for
@@ -173,22 +173,7 @@ def truth(scene: world.Scene) -> dict[str, np.ndarray]:
 
 def load_pictures(pictures: Pictures, workers: int) -> Iterator[Batch]:
     """Chunks in order, rendered ahead by ``workers`` processes (0: here)."""
-    if workers:
-        warm_atlas(pictures.spec.mix)
-    loader: DataLoader[Batch] = DataLoader(
-        pictures,
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        pin_memory=workers > 0 and torch.cuda.is_available(),
-        worker_init_fn=_one_thread,
-    )
-    return iter(loader)
-
-
-def _one_thread(_worker: int) -> None:
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
+    return load_chunks(pictures, pictures.spec.mix, workers, ahead=4)
 
 
 # ------------------------------------------------------------------------------------------------ spoiling

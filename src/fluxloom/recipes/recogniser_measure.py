@@ -20,7 +20,6 @@ from fluxloom.recipes.recogniser_data import (
     THINGS,
     UNCLEAR,
     UNSEEN,
-    Batch,
     Pictures,
     PictureSpec,
     concepts,
@@ -28,6 +27,7 @@ from fluxloom.recipes.recogniser_data import (
     prepare,
     presence_target,
 )
+from fluxloom.train.model import Batch
 from fluxloom.world.words import SIGN_WORDS
 
 CALIBRATION_SEED, MEASUREMENT_SEED = 1_000_001, 1_000_002

@@ -60,7 +60,7 @@ def fit_autoencoder(
         model.encoder.compile()
         model.decoder.compile()
     unread = Tokenizer(SPECIALS, 1)  # a chunk has captions, which are not looked at here
-    chunks = load_chunks(Chunks(run.data, unread, run.seed, 0, 0, run.steps), run.workers)
+    chunks = load_chunks(Chunks(run.data, unread, run.seed, 0, 0, run.steps), run.data.mix, run.workers)
     start = time.monotonic()
     for step in range(run.steps):
         share = max(step / run.steps, (time.monotonic() - start) / (60 * run.minutes) if run.minutes else 0.0)

@@ -98,15 +98,16 @@ def _stack(prefix: str, parts: dict[str, list[np.ndarray]]) -> Chunk:
     return {f"{prefix}.{name}": torch.from_numpy(np.stack(arrays)) for name, arrays in parts.items() if arrays}
 
 
-def load_chunks(chunks: Chunks, workers: int) -> Iterator[Chunk]:
-    """Chunks in order, rendered ahead by ``workers`` processes (0: here)."""
+def load_chunks(chunks: Dataset[Chunk], mix: world.Mix, workers: int, ahead: int = 3) -> Iterator[Chunk]:
+    """Chunks of a mix in order, ``ahead`` of them rendered before they are asked for by each of ``workers`` processes
+    (0: here)."""
     if workers:
-        warm_atlas(chunks.spec.mix)
+        warm_atlas(mix)
     loader: DataLoader[Chunk] = DataLoader(
         chunks,
         batch_size=None,
         num_workers=workers,
-        prefetch_factor=3 if workers else None,
+        prefetch_factor=ahead if workers else None,
         pin_memory=workers > 0 and torch.cuda.is_available(),
         worker_init_fn=_one_thread,
     )

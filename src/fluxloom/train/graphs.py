@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Batch = dict[str, Tensor]
+from fluxloom.train.model import Batch
+
 _WARM_UP = 3  # passes outside the graph: they compile, and choose kernels
 
 

@@ -256,7 +256,7 @@ class Feed:
         # Slots are a function of the samples ever written, so a resumed ring is the same ring.
         self.pool.written = {"draw": first * data.draws, "edit": first * data.edits}
         chunks = Chunks(data, trainer.tokenizer, run.seed, rank.index, first, count)
-        self.chunks: Iterator[Chunk] = load_chunks(chunks, run.workers)
+        self.chunks: Iterator[Chunk] = load_chunks(chunks, data.mix, run.workers)
         for _ in range(chunks_by_now - first):
             self.pool.put(next(self.chunks))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -29,10 +29,8 @@ from fluxloom.weights.encoders import (
     relative_error,
 )
 from fluxloom.weights.identify import MEMBER, Component
-from fluxloom.weights.stream import MODULES, assemble, is_finite, need_fit
+from fluxloom.weights.stream import MODULES, Progress, assemble, is_finite, need_fit
 from fluxloom.weights.write import write_gguf, write_safetensors
-
-Progress = Callable[[int, int], None]  # (tensors done, tensors in all)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         if key in state and state[key].shape != wanted[key].shape
     ]
     found = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
-    faults = [f"{name}: {_first(keys)}" for name, keys in found.items() if keys]
+    faults = [f"{name}: {first(keys)}" for name, keys in found.items() if keys]
     if faults:
         name = type(module).__name__
         raise WeightsError(f"got weights that do not fit {name}: {'; '.join(faults)}, allowed its own, try others")
@@ -198,7 +198,7 @@ def verified(folder: Path | str) -> str:
             )
     unlisted = sorted({path.name for kind in (SHARDS, VOCABULARY) for path in folder.glob(kind)} - listed.keys())
     if unlisted:
-        raise WeightsError(f"got files in {folder} that its card does not list: {_first(unlisted)}, try without them")
+        raise WeightsError(f"got files in {folder} that its card does not list: {first(unlisted)}, try without them")
     return content_hash(listed)
 
 
@@ -238,6 +238,7 @@ def _write_shards(shards: list[tuple[dict[str, Tensor], dict[str, Any]]], folder
     return paths
 
 
-def _first(keys: list[str], count: int = 8) -> str:
+def first(keys: list[str], count: int = 8) -> str:
+    """The first of some names, and how many more there are."""
     more = f" and {len(keys) - count} more" if len(keys) > count else ""
     return ", ".join(keys[:count]) + more

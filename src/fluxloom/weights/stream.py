@@ -26,7 +26,7 @@ from fluxloom.core.transformer import Transformer
 from fluxloom.errors import WeightsError
 from fluxloom.weights.checkpoint import Checkpoint, Entry
 from fluxloom.weights.identify import Component
-from fluxloom.weights.load import Uninitialised
+from fluxloom.weights.load import Uninitialised, first
 from fluxloom.weights.stored import INTEGER
 
 THREADS = 4  # that read and decode; one reads 2 GB/s from the page cache or decodes 0.3 billion weights a second
@@ -144,7 +144,7 @@ def check(title: str, wanted: dict[str, tuple[int, ...]], checkpoint: Checkpoint
     unused = [source for name, group in component.names.items() if name not in wanted for source in group]
     unknown = [*component.unknown, *(name for name in unused if name in checkpoint)]
     faults = {"missing": missing, "unknown": unknown, "misshapen": misshapen, "of integers": integers}
-    told = [f"{len(names)} {fault} ({_first(names)})" for fault, names in faults.items() if names]
+    told = [f"{len(names)} {fault} ({first(names)})" for fault, names in faults.items() if names]
     if told:
         raise WeightsError(
             f"got weights that do not fit {title}: {'; '.join(told)}; allowed its {len(wanted)} tensors exactly, "
@@ -254,15 +254,10 @@ def _check_finite(finite: dict[str, Tensor], dtype: torch.dtype) -> None:
     bad = [name for name, fine in zip(finite, flags, strict=True) if not fine]
     if bad:
         advice = "try bfloat16, or fetch the file anew" if dtype == torch.float16 else "try fetching the file anew"
-        raise WeightsError(f"got {len(bad)} tensors with values that are not finite ({_first(bad)}), {advice}")
+        raise WeightsError(f"got {len(bad)} tensors with values that are not finite ({first(bad)}), {advice}")
 
 
 def _check_whole(module: nn.Module) -> None:
     left = [name for name, tensor in module.named_buffers() if tensor.is_meta]
     if left:
-        raise WeightsError(f"got a module whose buffers {_first(left)} no checkpoint fills")
-
-
-def _first(names: list[str], count: int = 8) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+        raise WeightsError(f"got a module whose buffers {first(left)} no checkpoint fills")
