@@ -52,7 +52,7 @@ def demo(
         ]
         for number, chain in enumerate(chains, 1):
             write(out / f"chain-{number}.webp", encode(sheet([], [chain]), "WEBP", quality=90))
-        write(page, encode(sheet(drawn, chains), form, quality=None if form == "PNG" else 90))
+        write(page, encode(sheet(drawn, chains), form, quality=None if form == "PNG" else 60))
     edits, seconds = sum(len(chain) - 1 for chain in chains), time.perf_counter() - began
     print(page)
     print(f"drew {len(drawn) + len(chains)} pictures and edited {edits} in {seconds:.0f} s; all are in {out}")

@@ -116,8 +116,8 @@ LESSONS = replace(world.Mix.scenes(), large=0.42, medium=0.12, two=0.34, three=0
 
 def _lessons(draw: Draw, edit: Draw) -> tuple[Stage, ...]:
     # A chunk every other step: encoding one takes the GPU as long as a fifth of a step, rendering two processors.
-    data = DataSpec(mix=LESSONS, size=256, draws=48, edits=48)
-    return (Stage(until=1.0, data=data, draws=192, edits=96, pool=12_288, refresh=2, draw=draw, edit=edit),)
+    data = DataSpec(mix=LESSONS, size=256, draws=28, edits=60)
+    return (Stage(until=1.0, data=data, draws=96, edits=176, pool=12_288, refresh=2, draw=draw, edit=edit),)
 
 
 def refinement(minutes: float | None = None) -> RunSpec:

@@ -32,10 +32,10 @@ EDIT_KINDS: dict[str, str] = {  # kind -> KontextBench category
 # Environment edits are learned first (trial run): together 22 of 100. What draws a new shape inside an edit is learned
 # last (first run of nano): replace, style, signs, references and characters have half of all.
 WEIGHTS: dict[str, float] = {
-    "add": 11, "remove": 6, "replace": 12, "recolour": 8, "resize": 4, "move": 5, "swap": 4,
-    "background": 5, "time": 3, "weather": 4, "season": 3, "filter": 3, "style": 7,
-    "sign_text": 9, "sign_add": 5, "sign_remove": 1,
-    "style_reference": 4, "character_scene": 4, "character_companion": 3,
+    "add": 9, "remove": 5, "replace": 10, "recolour": 6, "resize": 4, "move": 4, "swap": 3,
+    "background": 4, "time": 3, "weather": 3, "season": 3, "filter": 3, "style": 24,
+    "sign_text": 7, "sign_add": 4, "sign_remove": 2,
+    "style_reference": 18, "character_scene": 4, "character_companion": 6,
 }  # fmt: skip
 
 
