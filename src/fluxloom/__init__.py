@@ -18,11 +18,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fluxloom.api import Loom, load
     from fluxloom.errors import BadInput, Failure, FluxloomError
+    from fluxloom.infer.loras import Lora
     from fluxloom.infer.request import Reference, Request, Result
 
 _HOMES = {
     "load": "fluxloom.api",
     "Loom": "fluxloom.api",
+    "Lora": "fluxloom.infer.loras",
     "Request": "fluxloom.infer.request",
     "Reference": "fluxloom.infer.request",
     "Result": "fluxloom.infer.request",
@@ -36,6 +38,7 @@ __all__ = [
     "Failure",
     "FluxloomError",
     "Loom",
+    "Lora",
     "Reference",
     "Request",
     "Result",

@@ -13,7 +13,8 @@ import torch
 
 from fluxloom.core.specs import MODELS, ModelSpec
 from fluxloom.errors import BadInput, UnknownModel
-from fluxloom.infer.pipeline import Pipeline, Preview
+from fluxloom.infer.pipeline import Pipeline
+from fluxloom.infer.preview import Preview, load_decoder
 from fluxloom.infer.replay import Replay, replay
 from fluxloom.infer.request import Picture, PromptWarning, Reference, Request, Result
 from fluxloom.infer.runtime import Runtime
@@ -28,10 +29,12 @@ def load(
     dtype: str | None = None,
     *,
     variant: str | None = None,
+    base: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     offline: bool = False,
     token: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    preview_decoder: str | os.PathLike[str] | None = None,
 ) -> Loom:
     """Load a model.
 
@@ -42,6 +45,9 @@ def load(
     dtype      ``float32`` or ``bfloat16`` for the transformer and the encoders of the 12 B members; float32 on the CPU
                and bfloat16 on a GPU unless given
     variant    which member a file is, where it does not tell (dev, Krea and Kontext have the same shapes)
+    base       of an adapter (a control LoRA, Redux): a reference to the whole model that it is added to, instead of its
+               publisher's
+    preview_decoder    TAEF1, for sharp glances at members with the latents of FLUX.1: see :class:`Preview`
     revision, offline, token, progress    of what comes from a hub: see :func:`fluxloom.weights.hub.resolve`;
                ``progress`` also counts the tensors of each component as they are loaded
 
@@ -56,12 +62,19 @@ def load(
         raise UnknownModel(f"got an empty model reference, allowed {', '.join(MODELS)}, a folder or a file, try nano")
     own = _own(reference)
     if own is not None:
-        return Loom(Pipeline(Runtime.from_folder(own[1], own[0], where, _DTYPES[name])))
+        if base is not None:
+            raise BadInput(f"got base {os.fspath(base)} for {own[0].name}, allowed for adapters, try without it")
+        return Loom(Pipeline(Runtime.from_folder(own[1], own[0], where, _DTYPES[name]))).previewed(preview_decoder)
     from fluxloom.infer.assemble import assemble
     from fluxloom.weights.hub import resolve
+    from fluxloom.weights.tiny import load_tiny_decoder
 
-    located = resolve(reference, revision=revision, offline=offline, token=token, variant=variant, progress=progress)
-    return Loom(Pipeline(assemble(located, where, _DTYPES[name], variant, progress)))
+    if preview_decoder is not None:
+        load_tiny_decoder(Path(preview_decoder))  # a wrong file is found out before 34 GB are read
+    located = resolve(
+        reference, revision=revision, offline=offline, token=token, variant=variant, progress=progress, base=base
+    )
+    return Loom(Pipeline(assemble(located, where, _DTYPES[name], variant, progress))).previewed(preview_decoder)
 
 
 class Loom:
@@ -69,6 +82,13 @@ class Loom:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
+
+    def previewed(self, decoder: str | os.PathLike[str] | None) -> Loom:
+        """With TAEF1 of a file for glances (Preview.quick); None: as it is."""
+        if decoder is not None:
+            runtime = self.pipeline.runtime
+            runtime.previewer = load_decoder(Path(decoder), runtime.spec, runtime.device)
+        return self
 
     @property
     def spec(self) -> ModelSpec:
@@ -80,7 +100,8 @@ class Loom:
     @overload
     def generate(self, prompt: str, *, n: int, **fields: Any) -> list[Result]: ...
     def generate(self, prompt: str, *, n: int | None = None, **fields: Any) -> Result | list[Result]:
-        """Draw a prompt: one result, or a list of ``n``. ``fields`` are those of :class:`Request`.
+        """Draw a prompt: one result, or a list of ``n``. ``fields`` are those of :class:`Request`; ``loras`` may be
+        paths, or :class:`fluxloom.infer.loras.Lora` with weights.
 
         Raises BadInput for what the model cannot do. What does not reach the model is told by a PromptWarning.
         """

@@ -14,7 +14,9 @@ from PIL import Image
 import fluxloom as fl
 from fluxloom.core.specs import MODELS
 from fluxloom.errors import BadInput, FluxloomError, OutputError, UnknownModel, WeightsError
+from fluxloom.infer.loras import Lora
 from fluxloom.infer.request import PromptWarning
+from fluxloom.weights.lora_file import save_lora
 
 NANO = Path(fl.__file__).parent / "assets" / "nano"
 SMALL = {"width": 64, "height": 64, "steps": 2, "seed": 7}
@@ -74,6 +76,22 @@ def test_what_does_not_reach_the_model_is_told(pipe: fl.Loom) -> None:
     assert len(result.warnings) == 1
 
 
+def test_loras_are_a_field(pipe: fl.Loom, picture: fl.Result, tmp_path: Path) -> None:
+    layer = "diffusion_model.txt_in.lora_"
+    width, text = pipe.spec.transformer.hidden_size, pipe.spec.transformer.context_in_dim
+    state = {f"{layer}A.weight": torch.randn(1, text), f"{layer}B.weight": torch.randn(width, 1)}
+    path = save_lora(
+        {**state, "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(1)}, tmp_path / "a.safetensors", {}
+    )
+    with pytest.warns(PromptWarning, match=r"1 of 3 tensors of LoRA a.safetensors are for text encoders"):
+        drawn = pipe.generate("a red cat", loras=[path], **SMALL)
+    with pytest.warns(PromptWarning):
+        edited = pipe.edit(picture, "make it blue", loras=[Lora(path, 0.5)], steps=2, seed=8)
+    assert edited.receipt.data["request"]["loras"][0]["weight"] == 0.5
+    assert drawn.receipt.pixels != picture.receipt.pixels
+    assert pipe.generate("a red cat", **SMALL).receipt.pixels == picture.receipt.pixels
+
+
 def test_unknown_fields_are_refused(pipe: fl.Loom) -> None:
     with pytest.raises(BadInput, match=r"got cfg, hight, allowed prompt, .*negative, .* try "):
         pipe.generate("a cat", hight=64, cfg=3)
@@ -130,6 +148,8 @@ def test_a_folder_in_the_way_does_not_take_the_name(tmp_path: Path, monkeypatch:
         ({"device": "meta"}, "device 'meta'"),
         ({"device": "cuda:99"}, "device 'cuda:99', allowed one of"),
         ({"dtype": "float16"}, "dtype 'float16', allowed float32, bfloat16"),
+        ({"base": "flux1-dev"}, "base flux1-dev for nano, allowed for adapters"),
+        ({"preview_decoder": "taef1.safetensors"}, "previews of nano, allowed for members with the latents of FLUX.1"),
         ({"dtype": "fast"}, "dtype 'fast'"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,11 +65,75 @@ def test_merge_and_extract(run: Run, file: Path, here: Path) -> None:
     assert half["bases"] == ["nano"]
 
 
+# ---------------------------------------------------------------------------------------------- drawing with them
+
+
+def receipt_of(run: Run, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run("info", name, "--json").out)["receipt"]
+    return found
+
+
+def test_generate_and_edit_and_replay(run: Run, file: Path, here: Path) -> None:
+    file.with_name("other.safetensors").write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
+    words = ("--seed", "5", "--json", *QUICK)
+    assert run("generate", "a cat", "--out", "plain.png", *words).code == 0
+    ended = run("generate", "a cat", "--lora", "style.safetensors:0.1", "--out", "styled.png", *words)
+    assert (ended.code, ended.err) == (0, "")
+    loras = ("--lora", "style.safetensors:0.1", "--lora", "other.safetensors:-0.05")
+    ended = run("edit", "styled.png", "make it blue", *loras, "--out", "edit.png", *words)
+    assert (ended.code, ended.err) == (0, "")
+    plain, styled, edit = (receipt_of(run, name) for name in ("plain.png", "styled.png", "edit.png"))
+    assert plain["pixels"] != styled["pixels"]
+    assert plain["request"]["loras"] == []
+    (entry,) = styled["request"]["loras"]
+    assert (entry["file"], entry["weight"], entry["blocks"]) == ("style.safetensors", 0.1, [])
+    told = [(one["file"], one["weight"]) for one in edit["request"]["loras"]]
+    assert told == [("style.safetensors", 0.1), ("other.safetensors", -0.05)]
+    assert run("info", "edit.png").code == 0
+    for name in ("styled.png", "edit.png"):
+        assert json.loads(run("replay", name, "--json").out)["verdict"] == "bit-exact"
+    away = here.parent / "away.safetensors"
+    file.rename(away)
+    ended = run("replay", "styled.png")
+    assert ended.code == 1
+    assert "the LoRA style.safetensors" in ended.err
+    assert run("replay", "styled.png", "--input", str(away)).code == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "code", "said"),
+    [
+        ("none.safetensors", 2, "got LoRA 'none.safetensors', which is not there, allowed a .safetensors file"),
+        ("style.safetensors:101", 2, "got LoRA weight 101.0, allowed -100 to 100, try 100"),
+        ("style.safetensors:nan", 2, "got LoRA weight nan"),
+        ("style.safetensors:x", 2, "got LoRA 'style.safetensors:x', which is not there"),
+        ("foreign.safetensors", 1, "got LoRA foreign.safetensors: "),
+    ],
+)
+def test_refused_before_drawing(run: Run, file: Path, here: Path, word: str, code: int, said: str) -> None:
+    save_lora({"lora_unet_down_blocks_0.alpha": torch.ones(1)}, here / "foreign.safetensors", {})
+    before = sorted(here.iterdir())
+    ended = run("generate", "a cat", "--lora", word, *QUICK)
+    assert (ended.code, ended.out) == (code, "")
+    assert said in ended.err
+    assert ended.err.count("\n") == 1
+    assert sorted(here.iterdir()) == before
+
+
+def test_help_tells_of_them(run: Run) -> None:
+    for command in ("generate", "edit"):
+        assert "A LoRA: FILE or FILE:WEIGHT; may be given several times." in run(command, "--help").out
+
+
 BAD = {
     "no file": (["inspect", "none.safetensors"], 2, "which is not there"),
     "no subcommand": ([], 2, "try `fluxloom lora inspect`"),
     "nothing to merge": (["merge", "nano", "merged"], 2, "got 2 words, allowed BASE LORA[:WEIGHT]... DST"),
-    "weight": (["merge", "nano", "style.safetensors:1000", "merged"], 2, "got weight 1000"),
+    "weight": (
+        ["merge", "nano", "style.safetensors:1000", "merged"],
+        2,
+        "got LoRA weight 1000.0, allowed -100 to 100, try 100",
+    ),
     "unknown base": (["inspect", "style.safetensors", "--base", "nono"], 2, "got 'nono', allowed nano"),
     "unknown dialect": (
         ["convert", "style.safetensors", "x.safetensors", "--to", "comfy"],

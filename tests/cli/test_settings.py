@@ -46,6 +46,14 @@ def test_flags_can_be_set_and_unset(run: Run, here: Path, monkeypatch: pytest.Mo
         assert "size     64x80" in shown
 
 
+@pytest.mark.parametrize("given", ["'gone.safetensors'", "['gone.safetensors:0.5', 'other.safetensors']"])
+def test_what_may_be_given_several_times(run: Run, here: Path, given: str) -> None:
+    (here / "fluxloom.toml").write_text(f"[generate]\nlora = {given}\nsteps = 1\n")
+    ended = run("generate", "a cat")
+    assert ended.code == 2
+    assert "got LoRA 'gone.safetensors', which is not there" in ended.err
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

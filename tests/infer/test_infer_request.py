@@ -15,7 +15,8 @@ from fluxloom.core.specs import KONTEXT_SIZES, MODELS
 from fluxloom.errors import BadInput
 from fluxloom.infer.pictures import pixel_hash
 from fluxloom.infer.pipeline import Pipeline
-from fluxloom.infer.request import MAX_SEED, Reference, Request, Result, resolve, working_size
+from fluxloom.infer.request import MAX_SEED, Reference, Request, Result, resolve
+from fluxloom.infer.sizes import working_size
 
 EDIT = SPEC.tasks["edit"]
 DEV, SCHNELL, KONTEXT = MODELS["flux1-dev"], MODELS["flux1-schnell"], MODELS["flux1-kontext-dev"]

@@ -179,14 +179,17 @@ def test_another_hash_than_the_publishers_is_refused_before_the_download(hub: Hu
     assert resolve(f"{name}@main", hub=hub).candidates == ("flux1-schnell",)
 
 
+def unhashed(patch: pytest.MonkeyPatch) -> None:
+    """Members without the hashes that their publisher printed, which made-up files do not have."""
+    plain = {name: replace(row, source=row.source and replace(row.source, sha256=None)) for name, row in MODELS.items()}
+    patch.setattr("fluxloom.weights.hub.MODELS", plain)
+    patch.setattr("fluxloom.weights.references.MODELS", plain)
+
+
 def test_an_adapter_comes_with_its_base(hub: Hub, server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    unhashed(monkeypatch)
     source = MODELS["flux1-dev"].source
     assert source is not None
-    plain = {
-        name: replace(spec, source=spec.source and replace(spec.source, sha256=None)) for name, spec in MODELS.items()
-    }
-    monkeypatch.setattr("fluxloom.weights.hub.MODELS", plain)
-    monkeypatch.setattr("fluxloom.weights.references.MODELS", plain)
     server.repos[source.repo] = repository(source.file)
     server.repos[f"{BFL}/FLUX.1-Canny-dev-lora"] = Repo({"flux1-canny-dev-lora.safetensors": b"LORA"})
     encoder = {"image_encoder/config.json": b"{}", "image_encoder/model.safetensors": b"SIGLIP"}
@@ -198,6 +201,35 @@ def test_an_adapter_comes_with_its_base(hub: Hub, server: HubServer, monkeypatch
     assert {"adapter", "image_encoder", "t5"} <= set(redux.parts)
     assert redux.candidates == ("flux1-redux-dev",)
     assert set(resolve("flux1-redux-dev", companions=False, hub=hub).parts) == {"adapter"}
+    diffusers = {"image_embedder/config.json": b"{}", "image_embedder/diffusion_pytorch_model.safetensors": b"REDUX"}
+    server.repos[f"{BFL}/FLUX.1-Redux-dev"] = Repo({**diffusers, **encoder}, commit="d" * 40)
+    assert resolve("flux1-redux-dev", hub=hub).parts["adapter"].path.name == "image_embedder"
+
+
+def test_an_adapter_s_file_fetches_its_base_unless_another_is_named(
+    hub: Hub, server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unhashed(monkeypatch)
+    state = {"img_in.lora_A.weight": torch.ones(2, 128), "img_in.lora_B.weight": torch.ones(64, 2)}
+    path = tmp_path / "flux1-canny-dev-lora.safetensors"
+    path.write_bytes(save(state))
+    server.repos[f"{BFL}/FLUX.1-dev"] = repository("flux1-dev.safetensors")
+    server.repos[KREA] = repository("flux1-krea-dev.safetensors")
+    server.repos["someone/edges"] = Repo({path.name: path.read_bytes()})
+    for base in (KREA, "flux1-krea-dev"):
+        located = resolve(path, base=base, hub=hub)
+        assert located.parts["transformer"].origin.startswith(KREA)
+        assert located.parts["adapter"].path == path
+        assert located.candidates == ("flux1-canny-dev-lora",)
+    assert not server.paths(part=f"{BFL}/FLUX.1-dev")
+    for reference in (path, "someone/edges"):
+        assert names(resolve(reference, hub=hub), "transformer") == ["flux1-dev.safetensors"]
+    server.repos["someone/style"] = Repo({"style.safetensors": save(state)})
+    for base in ("someone/style", "flux1-redux-dev"):
+        with pytest.raises(BadInput, match=f"got base {base}, which is an adapter itself"):
+            resolve(path, base=base, hub=hub)
+    with pytest.raises(BadInput, match="which is no adapter"):
+        resolve(KREA, base="flux1-dev", hub=hub)
 
 
 def test_offline_names_the_file_that_is_not_cached(hub: Hub, server: HubServer) -> None:

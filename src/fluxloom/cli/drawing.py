@@ -6,9 +6,11 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluxloom.cli.lora import weighted
 from fluxloom.cli.output import Destination, plain, print_json
 from fluxloom.cli.progress import Watch
 from fluxloom.errors import BadInput
@@ -59,49 +61,45 @@ def margins(text: str | None) -> tuple[int, ...] | None:
     return tuple(map(int, parts))
 
 
-def draw(
-    fields: Mapping[str, Any],
-    *,
-    verb: str,
-    pictures: Sequence[tuple[Path, str]] = (),
-    model: str,
-    variant: str | None,
-    offline: bool,
-    size: str | None,
-    device: str,
-    threads: int | None,
-    out: Path | None,
-    force: bool,
-    receipt: bool,
-    preview: bool,
-    quiet: bool,
-    json: bool,
-) -> None:
-    """Run one request (``pictures``: references with their roles); save and name each picture as soon as it is done."""
-    sides = size_fields(size)
-    place = Destination.at(out, force)
+def draw(given: Mapping[str, Any], *, verb: str, prompt: str, pictures: Sequence[tuple[Path, str]]) -> None:
+    """Run one request; save and name each picture as soon as it is done.
+
+    ``given`` are the options of the command by name: those that are fields of a request go into it. ``pictures``:
+    references with their roles.
+    """
+    asked: dict[str, Any] = {**size_fields(given["size"]), "expand": margins(given.get("expand")), "prompt": prompt}
+    place = Destination.at(given["out"], given["force"])
+    glances = given["preview"] or given["preview_decoder"] is not None
     done = []
-    with Watch(f"loading {model}", quiet=quiet, preview=preview) as watch:
-        loom = load(model, device, threads, variant=variant, offline=offline, progress=watch.part)
+    with Watch(f"loading {given['model']}", quiet=given["quiet"], preview=glances) as watch:
+        more = {name: given[name] for name in ("variant", "base", "offline", "preview_decoder")}
+        loom = load(given["model"], given["device"], given["threads"], given["dtype"], progress=watch.part, **more)
+        from fluxloom.infer.loras import Lora
         from fluxloom.infer.request import Reference, Request, Result
 
-        references = tuple(Reference(path, role) for path, role in pictures)
-        request = Request(**{**fields, **sides, "references": references})
+        asked |= {name: given[name] for name in _names(Request) if name in given and name not in asked}
+        asked["references"] = tuple(Reference(path, role) for path, role in pictures)
+        asked["loras"] = tuple(Lora(*weighted(word)) for word in given["lora"] or ())
+        request = Request(**asked)
         events = loom.stream(request)  # raises BadInput before anything is drawn
         place.probe()
         watch.what = verb
         for event in events:
             if isinstance(event, Result):
-                path = event.save(place.path(request.prompt, event.seed, many=request.n > 1), receipt=receipt)
+                path = event.save(place.path(prompt, event.seed, many=request.n > 1), receipt=given["receipt"])
                 done.append((path, event))
-                if not json:
+                if not given["json"]:
                     print(path, flush=True)
             else:
                 watch.step(event)
     for note in done[0][1].warnings:
         print(plain(f"fluxloom: note: {note}"), file=sys.stderr)
-    if json:
+    if given["json"]:
         print_json({"pictures": [_facts(path, result) for path, result in done]})
+
+
+def _names(form: type[Any]) -> list[str]:
+    return [item.name for item in fields(form)]
 
 
 def _facts(path: Path, result: Result) -> dict[str, Any]:

@@ -18,6 +18,7 @@ def edit(
     instruction: Annotated[str, typer.Argument(help="What to change, in English or Chinese.", show_default=False)],
     model: options.Model = "nano",
     variant: options.Variant = None,
+    base: options.Base = None,
     offline: options.Offline = False,
     negative: options.Negative = "",
     seed: options.Seed = None,
@@ -28,40 +29,19 @@ def edit(
     true_cfg: options.TrueCfg = None,
     solver: options.Solver = None,
     reference: options.References = None,
+    lora: options.Loras = None,
     device: options.Device = "cpu",
+    dtype: options.Dtype = None,
     threads: options.Threads = None,
     out: options.Out = None,
     force: options.Force = False,
     receipt: options.Receipt = True,
     preview: options.Preview = False,
+    preview_decoder: options.PreviewDecoder = None,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
     """Edit a picture by instruction; what is not asked to change stays."""
-    fields = {
-        "prompt": instruction,
-        "negative": negative,
-        "seed": seed,
-        "n": n,
-        "steps": steps,
-        "guidance": guidance,
-        "true_cfg": true_cfg,
-        "solver": solver,
-    }
-    drawing.draw(
-        fields,
-        verb="editing",
-        pictures=[(path, "context") for path in (image, *(reference or ()))],
-        model=model,
-        variant=variant,
-        offline=offline,
-        size=size,
-        device=device,
-        threads=threads,
-        out=out,
-        force=force,
-        receipt=receipt,
-        preview=preview,
-        quiet=quiet,
-        json=json,
-    )
+    given = locals()
+    pictures = [(path, "context") for path in (image, *(reference or ()))]
+    drawing.draw(given, verb="editing", prompt=instruction, pictures=pictures)

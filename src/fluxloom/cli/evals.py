@@ -34,7 +34,7 @@ def world(
     steps: options.Steps = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures drawn at a time: 1 is best on a CPU.")] = 1,
     device: options.Device = "cpu",
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16, of the transformer.")] = None,
+    dtype: options.Dtype = None,
     threads: options.Threads = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and the sheets.")] = Path("evals"),
     quiet: options.Quiet = False,

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from fluxloom.cli.options import Json
+from fluxloom.cli.options import Json, Offline
 from fluxloom.cli.output import print_facts, print_json
 
 app = typer.Typer(add_completion=False)
 
 _WEIGHTS = (".safetensors", ".sft", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @app.command()
@@ -22,29 +23,32 @@ def info(
         str | None,
         typer.Argument(
             metavar="[REF]",
-            help="A picture, to show how it was made; a checkpoint, file or folder; or a member's name.",
+            help="A picture, to show how it was made; or a model, as --model takes it: a file, a folder, a member's "
+            "name, or owner/name[@revision][:file] on a hub.",
             show_default="the installation",
         ),
     ] = None,
     hash: Annotated[bool, typer.Option("--hash", help="Hash weights of a gigabyte and more, too.")] = False,
+    offline: Offline = False,
     json: Json = False,
 ) -> None:
-    """Show how a picture was made, what a checkpoint is, or what this installation consists of."""
-    facts = _installation() if reference is None else _about(reference, hash)
+    """Show how a picture was made, what a model is and what of it would be fetched, or what this installation consists
+    of."""
+    facts = _installation() if reference is None else _about(reference, hash, offline)
     (print_json if json else print_facts)(facts)
 
 
-def _about(reference: str, hashed: bool) -> dict[str, Any]:
-    from fluxloom.core.specs import MODELS
-
+def _about(reference: str, hashed: bool, offline: bool) -> dict[str, Any]:
     path = Path(reference)
-    if path.is_dir() or path.suffix.lower() in _WEIGHTS:
+    if path.is_dir() or (path.suffix.lower() in _WEIGHTS and (path.exists() or ":" not in reference)):
         return _checkpoint(path, hashed)
-    if reference in MODELS and not path.exists():
-        from fluxloom.weights.describe import member
+    if path.exists() or (path.suffix.lower() in _PICTURES and ":" not in reference):
+        return _picture(path)
+    from fluxloom.cli.progress import Watch
+    from fluxloom.weights.survey import survey
 
-        return dict(member(reference))
-    return _picture(path)
+    with Watch(f"asking for {reference}"):
+        return survey(reference, offline=offline)
 
 
 def _checkpoint(path: Path, hashed: bool) -> dict[str, Any]:

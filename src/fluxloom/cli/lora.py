@@ -74,10 +74,11 @@ def merge(
     """Write a model with LoRAs merged into its weights: a folder for a folder, a .safetensors file for a checkpoint."""
     if len(words) < 3:
         raise BadInput(f"got {len(words)} words, allowed BASE LORA[:WEIGHT]... DST, try `fluxloom lora merge --help`")
+    from fluxloom.infer.loras import lora_weight
     from fluxloom.weights.lora_file import load_lora, merge_files, open_base
 
+    pairs = [(path, lora_weight(weight)) for path, weight in map(weighted, words[1:-1])]
     base = open_base(words[0])
-    pairs = [weighted(word) for word in words[1:-1]]
     loras = [load_lora(path, base.spec, weight) for path, weight in pairs]
     path = merge_files(base, loras, [path for path, _ in pairs], Path(words[-1]))
     facts = {"path": str(path), "base": words[0]}
@@ -109,17 +110,14 @@ def extract(
 
 
 def weighted(word: str) -> tuple[Path, float]:
-    """``FILE`` or ``FILE:WEIGHT``; a file whose own name ends so is taken whole."""
+    """``FILE`` or ``FILE:WEIGHT``, unchecked; a file whose own name ends so is taken whole."""
     path, colon, number = word.rpartition(":")
     if not colon or Path(word).exists():
         return Path(word), 1.0
     try:
-        weight = float(number)
+        return Path(path), float(number)
     except ValueError:
         return Path(word), 1.0
-    if not -100 <= weight <= 100:
-        raise BadInput(f"got weight {number} for {path}, allowed -100 to 100, try 1")
-    return Path(path), weight
 
 
 def _transformer(reference: str) -> Any:

@@ -25,6 +25,9 @@ Model = Annotated[str, _drawing("--model", "-m", metavar="REF", help=MODEL)]
 Variant = Annotated[
     str | None, _drawing("--variant", metavar="NAME", help="Which member a file is, where it does not tell.")
 ]
+Base = Annotated[
+    str | None, _drawing("--base", metavar="REF", help="Of an adapter: the model to add it to, instead of its own.")
+]
 Offline = Annotated[bool, _drawing("--offline", help="Take models as they are in the cache; ask no hub.")]
 Negative = Annotated[str, _drawing("--negative", help="What the picture should not show (with --true-cfg over 1).")]
 Seed = Annotated[int | None, _drawing("--seed", "-s", help="Seed of the noise; picture k of n takes seed + k.")]
@@ -44,10 +47,17 @@ Control = Annotated[Path | None, _drawing("--control", help="Picture whose edges
 ControlReady = Annotated[bool, _drawing("--control-ready", help="--control is itself of edges or depth.")]
 ControlModel = Annotated[Path | None, _drawing("--control-model", help="Depth model (ONNX) for --control.")]
 Images = Annotated[list[Path] | None, _drawing("--image", help="Picture that stands for words (Redux); repeatable.")]
+Loras = Annotated[
+    list[str] | None,
+    _drawing("--lora", metavar="FILE[:WEIGHT]", help="A LoRA: FILE or FILE:WEIGHT; may be given several times."),
+]
 References = Annotated[
     list[Path] | None, _drawing("--reference", help="A further picture that the edit takes from; repeatable.")
 ]
 Device = Annotated[str, _drawing("--device", help="cpu, cuda or auto.")]
+Dtype = Annotated[
+    str | None, _drawing("--dtype", help="float32 or bfloat16; default: float32 on a processor, bfloat16 on a GPU.")
+]
 Threads = Annotated[int | None, _drawing("--threads", help="Threads of the processor; default: one a core.")]
 Out = Annotated[
     Path | None,
@@ -58,5 +68,11 @@ Receipt = Annotated[
     bool, _output("--receipt/--no-receipt", help="Write into the file how it was made, prompt and all.")
 ]
 Preview = Annotated[bool, _output("--preview", help="Watch the picture grow, in a terminal.")]
+PreviewDecoder = Annotated[
+    Path | None,
+    _output(
+        "--preview-decoder", metavar="FILE", help="TAEF1, for sharper previews of 12 B members; implies --preview."
+    ),
+]
 Quiet = Annotated[bool, _output("--quiet", "-q", help="No progress.")]
 Json = Annotated[bool, _output("--json", help="One JSON object on standard output.")]

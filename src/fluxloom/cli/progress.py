@@ -9,9 +9,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from rich.text import Text
 
-    from fluxloom.infer.pipeline import Preview
-
-_EVERY = 2  # steps between two looks: decoding one takes as long as a step
+    from fluxloom.infer.preview import Preview
 
 
 class Watch:
@@ -54,11 +52,11 @@ class Watch:
             return
         what = self.what if event.pictures == 1 else f"{self.what} {event.picture + 1}/{event.pictures}"
         self.bar.update(self.task, description=what, completed=event.step.index + 1, total=event.step.total)
-        if self.preview and event.step.index % _EVERY == 0:
+        if self.preview:
             from rich.console import Group
 
             size = self.live.console.size
-            self.live.update(Group(half_blocks(event.image, size.width, size.height - 3), self.bar))
+            self.live.update(Group(half_blocks(event.quick, size.width, size.height - 3), self.bar))
 
     def part(self, name: str, done: int, total: int) -> None:
         """Show how much of one part of a longer work is done: bytes of a file, tensors of a component."""

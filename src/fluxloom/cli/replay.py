@@ -20,12 +20,18 @@ def replay(
     picture: Annotated[Path, typer.Argument(help="A picture with its receipt inside.", show_default=False)],
     inputs: Annotated[
         list[Path] | None,
-        typer.Option("--input", help="The picture it was made from, where it is not beside it.", show_default=False),
+        typer.Option(
+            "--input", help="What it was made from, a picture or a LoRA, where it is not beside it.", show_default=False
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", metavar="NAME", help="Model reference; default: as in the receipt.")
     ] = None,
+    variant: options.Variant = None,
+    base: options.Base = None,
+    offline: options.Offline = False,
     device: options.Device = "cpu",
+    dtype: options.Dtype = None,
     out: options.Out = None,
     force: options.Force = False,
     quiet: options.Quiet = False,
@@ -38,7 +44,10 @@ def replay(
         from fluxloom.infer.receipt import read_receipt
 
         receipt = read_receipt(picture)
-        loom = drawing.load(model or str(receipt.data["model"].get("name")), device)
+        reference = model or str(receipt.data["model"].get("name"))
+        loom = drawing.load(
+            reference, device, None, dtype, variant=variant, base=base, offline=offline, progress=watch.part
+        )
         if out is not None:
             place.probe()
         found = loom.replay(picture, inputs or (), watch.step)

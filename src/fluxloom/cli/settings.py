@@ -9,7 +9,7 @@ Precedence: flag, environment (FLUXLOOM_STEPS), this file, the model's row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
     return next(iter(get_close_matches(word, list(words), n=1, cutoff=0.5)), None)
 
 
-def keys(command: Any) -> list[str]:
-    """The names under which the options of a Click command can be set."""
-    return [param.name for param in command.params if param.param_type_name == "option"]
+def keys(command: Any) -> dict[str, bool]:
+    """The names under which the options of a Click command can be set, and whether they take several values."""
+    return {param.name: param.multiple for param in command.params if param.param_type_name == "option"}
 
 
 def bind(command: Any) -> Any:
@@ -38,7 +38,7 @@ def bind(command: Any) -> Any:
     return command
 
 
-def table(command: str, allowed: Iterable[str]) -> dict[str, Any]:
+def table(command: str, allowed: Mapping[str, bool]) -> dict[str, Any]:
     """The settings of one command, checked against the names of its options."""
     path = _find(Path.cwd())
     if path is None:
@@ -51,7 +51,11 @@ def table(command: str, allowed: Iterable[str]) -> dict[str, Any]:
     chosen = {key.replace("-", "_"): value for key, value in tables.get(command, {}).items()}
     _check(path, f"key in [{command}]", chosen, allowed)
     # As if typed: "256" and 256 are the same size, and a wrong type is found as in a flag.
-    return {key: str(value) for key, value in chosen.items()}
+    return {key: _words(value) if allowed[key] else str(value) for key, value in chosen.items()}
+
+
+def _words(value: Any) -> list[str]:
+    return [str(one) for one in (value if isinstance(value, list) else [value])]
 
 
 def _find(folder: Path) -> Path | None:

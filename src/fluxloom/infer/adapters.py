@@ -26,6 +26,7 @@ from fluxloom.weights.lora import (
     Full,
     Hadamard,
     Linear,
+    Lora,
     LowRank,
     Update,
     Weighted,
@@ -36,6 +37,7 @@ from fluxloom.weights.lora import (
 
 # Where a product of two low-rank factors (LoHa) would be wider than this, its dense form costs less.
 _WIDEST = 1024
+_NORM = ".scale"  # how the names of tensors end that are no part of a linear layer
 
 
 @dataclass
@@ -99,20 +101,29 @@ def attach(transformer: Transformer, loras: Sequence[Weighted]) -> Attached:
             strength = one.strength(tensor)
             if not strength:
                 continue
-            if tensor.endswith(".scale"):
+            if tensor.endswith(_NORM):
                 norms.setdefault(tensor, []).append((update, strength))
                 continue
             path = update.module
             if path not in layers:
                 layers[path] = _Layer(attached, transformer.get_submodule(path), shapes[f"{path}.weight"])
             layers[path].add(update, strength, number)
-    for layer in layers.values():
-        layer.hang()
-    for tensor, updates in norms.items():
-        parameter = transformer.get_parameter(tensor)
-        attached._originals.append((parameter, parameter.data))
-        parameter.data = merged(parameter.data, updates)
+    try:
+        for layer in layers.values():
+            layer.hang()
+        for tensor, updates in norms.items():
+            parameter = transformer.get_parameter(tensor)
+            attached._originals.append((parameter, parameter.data))
+            parameter.data = merged(parameter.data, updates)
+    except BaseException:  # out of memory, interrupted: half a LoRA is none
+        attached.detach()
+        raise
     return attached
+
+
+def exchanges_norms(lora: Lora) -> bool:
+    """Whether a LoRA changes scales of norms, which all members of a batch have in common."""
+    return any(tensor.endswith(_NORM) for tensor in lora.updates)
 
 
 class _Term(Protocol):

@@ -18,6 +18,7 @@ from fluxloom.core.specs import ModelSpec
 from fluxloom.core.text import TextStates
 from fluxloom.infer import canvas
 from fluxloom.infer.control import MAPS
+from fluxloom.infer.loras import ResolvedLora
 from fluxloom.infer.pictures import resize, to_tensor
 from fluxloom.infer.request import Input, Resolved
 
@@ -39,6 +40,7 @@ class Row:
     context  reference tokens [1, L, C] that follow the target's, or None
     guidance the embedded guidance value, or None where the model has none
     channels [1, L, C'] that stand beside x's channels at every step, or None
+    loras    that act on the model, as facts: whoever evaluates has their tensors
     """
 
     text: TextStates
@@ -46,6 +48,7 @@ class Row:
     context: Tensor | None
     guidance: float | None
     channels: Tensor | None = None
+    loras: tuple[ResolvedLora, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +117,7 @@ def condition(request: Resolved, spec: ModelSpec, read: Read, encode: Encode, se
     copied).
 
     Under true CFG a second row stands for what is not wanted: the negative or empty prompt, with the same pictures
-    (an edit without its picture would be another task, not less of this one).
+    (an edit without its picture would be another task, not less of this one) and the same LoRAs (as in diffusers).
     """
     hw = shapes.latent_hw(request.width, request.height)
     context, places = _references(request, spec, encode)
@@ -130,7 +133,7 @@ def condition(request: Resolved, spec: ModelSpec, read: Read, encode: Encode, se
     # A Fill model is told its picture by channels; it starts from it only where a strength says so.
     started = laid is not None and (not fills or request.strength is not None)
     return Conditioning(
-        rows=tuple(Row(_after(text, seen), ids, context, request.guidance, channels) for text in texts),
+        rows=tuple(Row(_after(text, seen), ids, context, request.guidance, channels, request.loras) for text in texts),
         times=tuple(flow.schedule(request.steps, tokens)[request.first_step :]),
         shape=(spec.autoencoder.z_channels, *hw),
         seed=request.seed,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import partial
 from itertools import chain, islice
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 import fluxloom
 from fluxloom.core.shapes import latent_hw
@@ -19,27 +20,11 @@ from fluxloom.errors import BadInput
 from fluxloom.infer.batch import lockstep
 from fluxloom.infer.conditions import Conditioning, condition
 from fluxloom.infer.pictures import pixel_hash
+from fluxloom.infer.preview import Preview as Preview
 from fluxloom.infer.receipt import SCHEMA, Receipt, versions
 from fluxloom.infer.request import Request, Resolved, Result, resolve
 from fluxloom.infer.runtime import Runtime
-from fluxloom.infer.sample import Step, Trajectory, trajectory, walk
-
-
-@dataclass(frozen=True)
-class Preview:
-    """A step on the way of picture ``picture`` (from 0) of ``pictures``."""
-
-    picture: int
-    pictures: int
-    step: Step
-    hw: tuple[int, int]
-    runtime: Runtime = field(repr=False)
-
-    @cached_property
-    def image(self) -> Image.Image:
-        """What the picture would be if the path went on straight, at full size. Decoded when asked for, which
-        costs nano a fifth of a second: ask at every other step or less."""
-        return self.runtime.decode(self.step.x0, self.hw)
+from fluxloom.infer.sample import Trajectory, trajectory, walk
 
 
 @dataclass(frozen=True)
@@ -82,18 +67,26 @@ class Pipeline:
         """The results of each request in turn, drawn ``batch`` pictures at a time: what a GPU is quickest with.
 
         Batches of 1 give the very pictures of :meth:`run`; in larger ones rounding differs, and the receipt says so.
-        The requests are checked at once; raises BadInput.
+        The requests are checked at once; raises BadInput, and WeightsError for LoRAs that do not fit.
         """
         if batch < 1:
             raise BadInput(f"got batch {batch}, allowed 1 or more pictures, try 1")
-        return self._run_many([resolve(request, self.runtime.spec) for request in requests], batch)
+        return self._run_many([self._resolved(request) for request in requests], batch)
 
     def stream(self, request: Request) -> Iterator[Preview | Result]:
         """Every step as it is reached, and each result when it is done. Closing the iterator ends the work.
 
-        The request is checked at once, not at the first step; raises BadInput.
+        The request is checked at once, not at the first step; raises BadInput, and WeightsError for LoRAs that do not
+        fit.
         """
-        return self._stream(resolve(request, self.runtime.spec))
+        return self._stream(self._resolved(request))
+
+    def _resolved(self, request: Request) -> Resolved:
+        """A request checked with all that it needs: LoRAs that do not fit are found out here."""
+        found = resolve(request, self.runtime.spec)
+        for lora in found.loras:
+            self.runtime.loras.read(lora)
+        return found
 
     def _stream(self, request: Resolved) -> Iterator[Preview | Result]:
         began = time.perf_counter()
@@ -101,7 +94,7 @@ class Pipeline:
         for index in range(request.n):
             for step in walk(job.trajectory(index, runtime.device), runtime.velocity):
                 x = step.x
-                yield Preview(index, request.n, step, job.hw, runtime)
+                yield Preview(index, request.n, step, job.hw, runtime, runtime.previewer)
             image = runtime.decode(x, job.hw)
             seconds = time.perf_counter() - began
             yield Result(image, self._receipt(job, index, image, seconds))
@@ -117,8 +110,12 @@ class Pipeline:
     def _together(self, pieces: list[tuple[_Job, int]]) -> list[Result]:
         """Pictures drawn in one batch; each takes its share of the time."""
         began, size = time.perf_counter(), len(pieces)
-        ends = lockstep([job.trajectory(index, self.runtime.device) for job, index in pieces], self.runtime.velocities)
-        images = [self.runtime.decode(x, job.hw) for x, (job, _) in zip(ends, pieces, strict=True)]
+        ends: dict[int, Tensor] = {}
+        for numbers, loras in self.runtime.loras.parties([job.request.loras for job, _ in pieces]):
+            runs = [job.trajectory(index, self.runtime.device) for job, index in (pieces[k] for k in numbers)]
+            velocities = partial(self.runtime.velocities, together=loras)
+            ends.update(zip(numbers, lockstep(runs, velocities), strict=True))
+        images = [self.runtime.decode(ends[k], job.hw) for k, (job, _) in enumerate(pieces)]
         seconds = (time.perf_counter() - began) / size
         return [
             Result(image, self._receipt(job, index, image, seconds, size))
@@ -130,6 +127,7 @@ class Pipeline:
         notes = [
             *runtime.notes(request.prompt, prompt_t5=request.prompt_t5, text_length=request.text_length),
             *runtime.notes(request.negative, text_length=request.text_length),
+            *runtime.loras.notes(request.loras),
         ]
         conditions = condition(request, runtime.spec, runtime.read, runtime.encode, runtime.see)
         texts = [text for text in (request.prompt, request.prompt_t5, request.negative) if text]

@@ -5,7 +5,8 @@ A receipt (schema 1) is JSON:
     id          sha256 of all the rest in canonical form (sorted keys, no spaces, ASCII)
     fluxloom    version
     model       {name, content}: the row of MODELS, and the hash of the weight files
-    request     every field as it was resolved, with the ``index`` of this picture among n and its own ``seed``
+    request     every field as it was resolved, with the ``index`` of this picture among n and its own ``seed``; its
+                ``loras`` are [{file, sha256, weight, blocks}], and of PEFT's folders the hash of their ``config``
     inputs      [{role, pixels, size, file, receipt}]: hash of the decoded pixels, file name as a hint, parent's id; of
                 a picture that stands for words also its ``weight``
     pixels      hash of the picture as it was drawn, before a file format touched it

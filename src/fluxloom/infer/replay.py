@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from PIL import Image
 from fluxloom.errors import BadInput, ReceiptError
 from fluxloom.infer import files, pictures
 from fluxloom.infer.control import SUFFIX
+from fluxloom.infer.loras import Lora, content_of, is_lora_folder
 from fluxloom.infer.pipeline import Pipeline, Preview
 from fluxloom.infer.receipt import Receipt, examine, intact
 from fluxloom.infer.request import Picture, Reference, Request, Result
@@ -57,10 +58,10 @@ def replay(
 ) -> Replay:
     """Draw the picture in a file again.
 
-    What it was made from is looked for among ``inputs``, then beside the file: pictures by the hash of their pixels, a
-    depth model (.onnx) by that of the file. Where only a lossy copy of a drawn input is found, the input is drawn
-    again first from its own receipt. Raises ReceiptError where the file is not an intact picture of this model or an
-    input is missing.
+    What it was made from is looked for among ``inputs``, then beside the file: pictures by the hash of their pixels,
+    LoRAs (.safetensors, or folders of PEFT) and a depth model (.onnx) by that of the file. Where only a lossy copy of a
+    drawn input is found, the input is drawn again first from its own receipt. Raises ReceiptError where the file is not
+    an intact picture of this model or an input is missing.
     """
     found, rgb = pictures.read(path)
     verdict = examine(found, rgb)
@@ -127,9 +128,10 @@ def _redraw(
     try:
         asked: dict[str, Any] = {field: was[field] for field in _SAME_NAME}
         wanted = [_Wanted(**entry) for entry in receipt.data["inputs"]]
+        asked["loras"] = [_lora(entry, candidates) for entry in was.get("loras", [])]
         model = was.get("control_model")
         asked["control_model"] = None if model is None else _depth_model(model["file"], model["sha256"], candidates)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ReceiptError(f"got a receipt without all its parts ({error}), allowed whole ones, try another") from error
     asked |= {field: was.get(field, default) for field, default in _SINCE.items()}
     found = [(entry, _locate(pipeline, entry, candidates)) for entry in wanted]
@@ -155,8 +157,8 @@ def _translations(receipt: Receipt) -> dict[str, str]:
 
 
 def _beside(path: Path) -> list[Path]:
-    wanted = (*files.FORMATS, SUFFIX)
-    return sorted(other for other in path.parent.iterdir() if other.suffix.lower() in wanted)
+    wanted = (*files.FORMATS, SUFFIX, ".safetensors")
+    return sorted(other for other in path.parent.iterdir() if other.suffix.lower() in wanted or is_lora_folder(other))
 
 
 def _depth_model(file: str, sha256: str, candidates: list[Picture]) -> Path:
@@ -169,6 +171,22 @@ def _depth_model(file: str, sha256: str, candidates: list[Picture]) -> Path:
     raise ReceiptError(
         f"got a picture made with the depth model {file} (sha256 {sha256[:12]}…), which is not beside it, allowed with "
         "that file, try giving it as input"
+    )
+
+
+def _lora(entry: dict[str, Any], candidates: list[Picture]) -> Lora:
+    """A LoRA of a receipt, by the hash of its file; those of the same name are looked at first, as others may be
+    checkpoints of many gigabytes."""
+    name, wanted = entry["file"], (entry["sha256"], entry.get("config"))
+    paths = [Path(one) for one in candidates if isinstance(one, (str, os.PathLike))]
+    files_ = [path for path in paths if path.suffix.lower() == ".safetensors" or is_lora_folder(path)]
+    for path in sorted(files_, key=lambda path: path.name != name):
+        with suppress(BadInput):  # one that cannot be read is not it
+            if content_of(path) == wanted:
+                return Lora(path, entry["weight"], dict(entry["blocks"]))
+    raise ReceiptError(
+        f"got a picture made with the LoRA {name} (sha256 {str(wanted[0])[:12]}…), which is not beside it, allowed "
+        "with that file, try giving it as input"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,16 +12,17 @@ from typing import Any
 
 from PIL import Image
 
-from fluxloom.core.shapes import fit_size, nearest_size
 from fluxloom.core.solvers import SOLVERS
 from fluxloom.core.specs import MODELS, ModelSpec, Size, TaskDefaults
 from fluxloom.errors import BadInput
 from fluxloom.infer.canvas import Margins
 from fluxloom.infer.checks import either, flag, number, whole
 from fluxloom.infer.control import WITH_MODEL, DepthModel
+from fluxloom.infer.loras import Lora, ResolvedLora, resolve_loras
 from fluxloom.infer.pictures import MAX_PIXELS, pixel_hash, read
 from fluxloom.infer.receipt import Receipt, examine
 from fluxloom.infer.receipt import save as save_picture
+from fluxloom.infer.sizes import allowed_size, working_size
 
 MAX_PROMPT = 2_000  # characters; the longest text length of the family (512 tokens) is under that
 MAX_STEPS = 1_000
@@ -38,7 +40,7 @@ STRENGTH = 0.8  # of an init picture, as in the official demo
 
 
 class PromptWarning(UserWarning):
-    """A part of a prompt does not reach the model."""
+    """A part of a request does not reach the model."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,9 @@ class Request:
     control       a picture whose edges or depth the drawing follows, for a model that was taught to
     control_ready ``control`` is itself a picture of edges or depth, and taken as it is
     control_model path of a depth model (ONNX) that makes the depth map of ``control``; runs in onnxruntime
+    loras         LoRAs to draw with, up to 16: :class:`Lora`, or paths of files, which then count with weight 1
     width, height in pixels: multiples of 16 (Fill: 32) that the model allows. Left out, they are the model's own, or
-                  follow the first input picture (:func:`working_size`); that is resized without cropping
+                  follow the first input picture (:func:`sizes.working_size`); that is resized without cropping
     n             how many pictures; picture k takes seed + k
     steps         1 to 1,000; ``adaptive`` takes it as the length of its first step
     guidance      a number that the model was taught to follow (dev and its kin)
@@ -128,6 +131,7 @@ class Request:
     control: Picture | None = None
     control_ready: bool = False
     control_model: str | os.PathLike[str] | None = None
+    loras: Sequence[Lora | str | os.PathLike[str]] = ()
     width: int | None = None
     height: int | None = None
     n: int = 1
@@ -173,6 +177,7 @@ class Resolved:
     expand: Margins | None
     control_ready: bool
     control_model: DepthModel | None
+    loras: tuple[ResolvedLora, ...]
     width: int
     height: int
     n: int
@@ -206,7 +211,8 @@ class Resolved:
         """The fields as a receipt records them; pictures are recorded beside."""
         found = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "inputs"}
         expand = None if self.expand is None else list(self.expand)
-        return {**found, "expand": expand, "control_model": self.control_model and self.control_model.to_dict()}
+        model = self.control_model and self.control_model.to_dict()
+        return {**found, "expand": expand, "control_model": model, "loras": [one.to_dict() for one in self.loras]}
 
 
 def resolve(request: Request, spec: ModelSpec) -> Resolved:
@@ -231,6 +237,7 @@ def resolve(request: Request, spec: ModelSpec) -> Resolved:
         expand=expand,
         control_ready=_control_ready(request),
         control_model=_control_model(request, spec),
+        loras=resolve_loras(request.loras, spec),
         width=width,
         height=height,
         n=n,
@@ -242,19 +249,6 @@ def resolve(request: Request, spec: ModelSpec) -> Resolved:
         text_length=_text_length(request.text_length, spec),
         seed=whole("seed", seed, 0, MAX_SEED - n + 1),
     )
-
-
-def working_size(spec: ModelSpec, row: TaskDefaults, width: int, height: int, expand: Margins = (0, 0, 0, 0)) -> Size:
-    """The size at which a model works on a picture: of its preferred sizes the one nearest in aspect, or, where it
-    has none, the picture's own, scaled down to the area of the task's default size and rounded to what is allowed:
-    nano, taught at 256 x 256, sees a photo of 4000 x 3000 at 288 x 224. With new canvas around it (``expand``) the
-    picture keeps the scale that it would have alone, as far as the model's largest area allows."""
-    left, top, right, bottom = expand
-    canvas = (left + width + right, top + height + bottom)
-    if spec.preferred_sizes:
-        return nearest_size(*canvas, spec.preferred_sizes)
-    area = math.prod(row.size) * math.prod(canvas) // (width * height)
-    return fit_size(*canvas, spec.size_multiple, spec.min_side, min(area, spec.max_area))
 
 
 def _task(request: Request, spec: ModelSpec) -> str:
@@ -480,15 +474,6 @@ def _size(
     if inputs:
         margins = expand if expand is not None and inputs[0].role == "init" else (0, 0, 0, 0)
         default = working_size(spec, row, *inputs[0].image.size, margins)
-    width = whole("width", either(request.width, default[0]))
-    height = whole("height", either(request.height, default[1]))
-    multiple, low, area = spec.size_multiple, spec.min_side, spec.max_area
-    if min(width, height) < low or width * height > area or width % multiple or height % multiple:
-        near = [max(low, (side + multiple // 2) // multiple * multiple) for side in (width, height)]
-        if near[0] * near[1] > area:
-            near[:] = fit_size(min(near[0], area), min(near[1], area), multiple, low, area)
-        raise BadInput(
-            f"got size {width}x{height}, allowed for {spec.name}: sides in multiples of {multiple}, {low} or more, "
-            f"at most {area:,} pixels in all, try {near[0]}x{near[1]}"
-        )
-    return width, height
+    return allowed_size(
+        spec, whole("width", either(request.width, default[0])), whole("height", either(request.height, default[1]))
+    )

@@ -17,10 +17,12 @@ from fluxloom.core.autoencoder import Autoencoder
 from fluxloom.core.redux import Redux
 from fluxloom.core.specs import ModelSpec, TextSpec
 from fluxloom.core.text import TextStates, TextTower, Tokenizer
+from fluxloom.core.tiny_decoder import TinyDecoder
 from fluxloom.core.transformer import Transformer
 from fluxloom.errors import Failure, WeightsError
 from fluxloom.infer import pictures
 from fluxloom.infer.conditions import Row
+from fluxloom.infer.loras import Rack, ResolvedLora
 from fluxloom.infer.reading import OwnTower, Reader
 from fluxloom.infer.receipt import processor, system
 from fluxloom.infer.sample import Evaluate
@@ -40,8 +42,11 @@ class Runtime:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     redux: Redux | None = None
+    previewer: TinyDecoder | None = None
+    loras: Rack = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.loras = Rack(self.transformer, self.spec)
         self.transformer.to(self.device, self.dtype)
         self.autoencoder.to(self.device)
         if self.redux is not None:
@@ -109,11 +114,17 @@ class Runtime:
         return self.velocities((Evaluate(x, t, tuple(rows)),))[0]
 
     @torch.inference_mode()
-    def velocities(self, asked: Sequence[Evaluate]) -> list[tuple[Tensor, ...]]:
-        """What :meth:`velocity` answers to each of several evaluations of equal shape, in one forward pass of all."""
+    def velocities(
+        self, asked: Sequence[Evaluate], together: tuple[ResolvedLora, ...] | None = None
+    ) -> list[tuple[Tensor, ...]]:
+        """What :meth:`velocity` answers to each of several evaluations of equal shape, in one forward pass of all.
+
+        Each row is under its own LoRAs. ``together``: see :meth:`loras.Rack.hang`.
+        """
         parts = [(event, row) for event in asked for row in event.rows]
         batch, length = asked[0].x.shape[:2]
         size = batch * len(parts)
+        self.loras.hang([row.loras for _, row in parts for _ in range(batch)], together)
 
         def spread(tensors: list[Tensor]) -> Tensor:
             """[1, ...] of each row to [rows * B, ...]."""

@@ -8,12 +8,12 @@
 
 What a file lacks is looked for beside it, in the folders that FLUXLOOM_MODELS names (several, separated as in PATH),
 and in the cache. Nothing is downloaded twice: of a repository that holds the transformer as one file and as shards of
-diffusers, one of them is.
+diffusers, one of them is. An adapter that is a member (a control LoRA, Redux) comes with its base, which is looked for
+in the same places and then fetched, or is the one that ``base`` names.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,23 +28,19 @@ from fluxloom.errors import BadInput, Failure, WeightsError
 from fluxloom.weights import layout, shelves
 from fluxloom.weights.blobs import COMMIT, size_text
 from fluxloom.weights.download import Hub, Progress, Unreachable, no_such_file
-from fluxloom.weights.layout import ADAPTER, KINDS, MODEL, SUFFIXES, TRANSFORMER, Pick
+from fluxloom.weights.layout import ADAPTER, IMAGES, KINDS, MODEL, SUFFIXES, TRANSFORMER, Pick
 from fluxloom.weights.references import Repository, checked, parse, refuse_pickle
 from fluxloom.weights.shelves import FOLDERS, Folder, Part, Remote, Shelf
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from fluxloom.weights.checkpoint import Checkpoint
     from fluxloom.weights.identify import Component
 
 COMPACT = "compact"  # a folder with card.json, as nano's
 _CARD = "card.json"
 _EMBEDDED = Path(__file__).parents[1] / "assets"
 _MAIN = "main"
-_HEADER_GUESS, _HEADER_MOST = 1 << 18, 1 << 26  # bytes; 780 tensors take 90 kB
-# Of packed storage the shapes in the header are not those of the tensors.
-_PLAIN = frozenset({"F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
-_ADAPTERS = {"lora": ADAPTER, "redux": ADAPTER}
+PARTS = MappingProxyType({"lora": ADAPTER, "redux": ADAPTER, "siglip": IMAGES})  # component: the part that it is
 
 
 @dataclass(frozen=True)
@@ -55,12 +51,14 @@ class Located:
                 file that holds several components each names that file
     candidates  members that it may be, as far as the reference and the keys tell; empty: not known yet
     notes       what a user may want to know: a hub that did not answer
+    header      of a file that was only looked at: its tensors by name, unread
     """
 
     reference: str
     parts: Mapping[str, Part]
     candidates: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    header: Checkpoint | None = None
 
 
 # ------------------------------------------------------------------------------------------ resolving
@@ -77,6 +75,8 @@ def resolve(
     companions: bool = True,
     layouts: Sequence[str] = (layout.OFFICIAL, layout.DIFFUSERS),
     hub: Hub | None = None,
+    base: str | os.PathLike[str] | None = None,
+    fetch: bool = True,
 ) -> Located:
     """Find, and fetch where need be, the files that a reference means.
 
@@ -88,6 +88,8 @@ def resolve(
     companions  False: only what the reference itself names, and no error about what it lacks
     layouts     which layouts of a transformer the caller can use, the preferred one first; what is already in the
                 cache is preferred to either
+    base        of an adapter: a reference to the whole model that it is added to, instead of its publisher's
+    fetch       False: only find them; ``Part.lacks`` says how much would be fetched
 
     Raises UnknownModel, BadInput, WeightsError (a wrong checksum), Failure (no network, no access, no room).
     """
@@ -101,12 +103,8 @@ def resolve(
         if not isinstance(target, ModelSpec | Repository) or getattr(target, "embedded", False):
             raise BadInput(f"got revision {revision!r} for {reference}, allowed for repositories only, try without it")
         checked("owner/name", revision, None)
-    search = _Search(os.fspath(reference), hub, tuple(layouts), companions, progress, variant)
-    if isinstance(target, ModelSpec):
-        return search.member(target, revision)
-    if isinstance(target, Path):
-        return search.folder(target) if target.is_dir() else search.file(target)
-    return search.repository(replace(target, revision=revision or target.revision))
+    search = _Search(os.fspath(reference), hub, tuple(layouts), companions, progress, variant, base, fetch)
+    return search.find(target, revision)
 
 
 @dataclass
@@ -119,28 +117,69 @@ class _Search:
     companions: bool
     progress: Progress | None
     variant: str | None
+    base: str | os.PathLike[str] | None
+    fetch: bool
+    under: ModelSpec | None = None  # the adapter that a base is looked for
     notes: list[str] = field(default_factory=list)
+
+    def find(self, target: ModelSpec | Repository | Path, revision: str | None = None) -> Located:
+        if isinstance(target, ModelSpec):
+            return self.member(target, revision)
+        if isinstance(target, Path):
+            return self.folder(target) if target.is_dir() else self.file(target)
+        return self.repository(replace(target, revision=revision or target.revision))
 
     # -------------------------------------------------------------------------- the four kinds of reference
 
     def member(self, spec: ModelSpec, revision: str | None = None, *, collected: bool = True) -> Located:
         """A member by its name: folders of the user first, then its publisher's repository."""
+        if spec.base is None:
+            self._refuse_base()
+        elif self.under is not None:
+            raise self.no_base("an adapter itself")
         if spec.embedded:
             return self._located({COMPACT: _compact(_EMBEDDED / spec.name)}, (spec.name,))
         return self._located(self._published(spec, revision, collected), (spec.name,))
 
-    def _published(self, spec: ModelSpec, revision: str | None, collected: bool) -> dict[str, Part]:
+    def _published(
+        self, spec: ModelSpec, revision: str | None, collected: bool, beside: Sequence[Shelf] = ()
+    ) -> dict[str, Part]:
         """A member's parts and, of an adapter, those of its base."""
         if spec.source is None:
             raise BadInput(f"got {spec.name}: {spec.title}; allowed weights of your own, try their folder or file")
         kinds = layout.own_kinds(spec) if self.companions else layout.own_kinds(spec)[:1]
         # Files of a folder have no revision, and a repository that was named is meant.
         own = shelves.collections() if collected and revision is None else []
-        places = chain(own, self._hub(spec.source.repo, revision), self._known())
+        places = chain(beside, own, self._hub(spec.source.repo, revision), self._known())
         parts = self._take(kinds, places, spec, None if revision else spec.source.sha256)
-        if spec.base and self.companions:
-            return {**self._published(MODELS[spec.base], None, True), **parts}
-        return parts
+        return {**self._under(spec), **parts} if spec.base and self.companions else parts
+
+    def _under(self, spec: ModelSpec, beside: Sequence[Shelf] = ()) -> dict[str, Part]:
+        """The parts of the model that an adapter is added to."""
+        assert spec.base is not None, "an adapter"
+        if self.base is None:
+            return self._published(MODELS[spec.base], None, True, beside)
+        search = replace(self, reference=os.fspath(self.base), base=None, variant=None, under=spec)
+        found = search.find(parse(self.base, self.hub.endpoint))
+        if TRANSFORMER not in found.parts:
+            raise search.no_base("no transformer of FLUX.1")
+        return dict(found.parts)
+
+    def no_base(self, what: str) -> BadInput:
+        """Of a search for a base, which found something else."""
+        assert self.under is not None
+        return BadInput(
+            f"got base {self.reference}, which is {what}, allowed a whole model to add {self.under.name} to, "
+            f"try {self.under.base}"
+        )
+
+    def _refuse_base(self) -> None:
+        if self.base is not None:
+            adapters = ", ".join(spec.name for spec in MODELS.values() if spec.base)
+            raise BadInput(
+                f"got base {os.fspath(self.base)} for {self.reference}, which is no adapter, allowed for {adapters}, "
+                "try without it"
+            )
 
     def repository(self, target: Repository) -> Located:
         spec = next((s for s in MODELS.values() if s.source and s.source.repo == target.repo), None)
@@ -158,13 +197,14 @@ class _Search:
 
     def folder(self, path: Path) -> Located:
         if (path / _CARD).is_file():
+            self._refuse_base()
             return self._located({COMPACT: _compact(path)}, ())
         shelf = Folder(path, own=True)
         picks = self._only(shelf, str(path))
         if not picks:
             raise WeightsError(
-                f"got {path} without a transformer, allowed a folder as diffusers saves it, whole, or with one file of "
-                f"weights ({', '.join(SUFFIXES)}), try the file itself"
+                f"got {path} without a transformer or an adapter, allowed a folder as diffusers saves it or one file "
+                f"of weights ({', '.join(SUFFIXES)}), try the file itself"
             )
         return self._around(shelf, picks[0], [shelf, Folder(path.absolute().parent)])
 
@@ -184,28 +224,58 @@ class _Search:
 
     def _around(self, shelf: Shelf, pick: Pick, beside: Iterable[Shelf]) -> Located:
         """The files of one pick, with what they lack from elsewhere. What they hold is read from the file or, where
-        that still has to be fetched, from its header: nobody should wait for 24 GB to learn that they do not do."""
-        part, found = None, _announced(shelf, pick) if shelf.cost(pick) else None
-        if found is None:
-            (part,) = shelf.deliver([pick], self.progress)
-            found = identified(part)
-        held = tuple(dict.fromkeys(_ADAPTERS.get(one.kind, one.kind) for one in found))
-        rest: dict[str, Part] = {}
-        if self.companions and ADAPTER not in held:
-            if TRANSFORMER not in held:
-                what = " and ".join(KINDS[kind].title if kind in KINDS else kind for kind in held)
-                raise BadInput(
-                    f"got {self.reference}, which holds {what or 'no component'}, allowed a transformer or an adapter, "
-                    "try a reference to one of these"
-                )
-            kinds = [kind for kind in MODEL if kind not in held]
-            rest = self._take(kinds, chain(beside, shelves.collections(), self._known()), None)
-        if part is None:
-            (part,) = shelf.deliver([pick], self.progress)
-            found = identified(part)
-        main = [one for one in found if _ADAPTERS.get(one.kind, one.kind) in (TRANSFORMER, ADAPTER)]
+        that still has to be fetched, from its header; where the header does not say, the pick's own kind is believed
+        until then."""
+        from fluxloom.weights.identify import identify
+        from fluxloom.weights.peek import peek, sha256_of
+
+        header = peek(shelf, pick) if shelf.cost(pick) else None
+        if header is not None:
+            found = identify(header, sha256_of(shelf, pick))
+        else:
+            (part,) = self._delivered(shelf, [pick])
+            found = [] if part.lacks else identified(part)
+        held = tuple(dict.fromkeys(PARTS.get(one.kind, one.kind) for one in found)) or (pick.kind,)
+        rest = self._rest(found, held, tuple(beside)) if self.companions else {}
+        if header is not None:
+            (part,) = self._delivered(shelf, [pick])
+            found = found if part.lacks else identified(part)
+        main = [one for one in found if PARTS.get(one.kind, one.kind) in (TRANSFORMER, ADAPTER)]
         candidates = tuple(dict.fromkeys(name for one in main for name in one.candidates))
-        return self._located({**{kind: replace(part, kind=kind) for kind in held}, **rest}, candidates)
+        located = self._located({**{kind: replace(part, kind=kind) for kind in held}, **rest}, candidates)
+        return replace(located, header=header if part.lacks else None)
+
+    def _rest(self, found: Sequence[Component], held: Sequence[str], beside: Sequence[Shelf]) -> dict[str, Part]:
+        """What a file lacks: the companions of a transformer; of an adapter, its own and its base."""
+        if ADAPTER in held and self.under is not None:
+            raise self.no_base("an adapter itself")
+        if ADAPTER in held:
+            return self._adapted(found, held, beside)
+        self._refuse_base()
+        if TRANSFORMER not in held:
+            what = " and ".join(KINDS[kind].title if kind in KINDS else kind for kind in held)
+            raise BadInput(
+                f"got {self.reference}, which holds {what or 'no component'}, allowed a transformer or an adapter, "
+                "try a reference to one of these"
+            )
+        kinds = [kind for kind in MODEL if kind not in held]
+        return self._take(kinds, chain(beside, shelves.collections(), self._known()), None)
+
+    def _adapted(self, found: Sequence[Component], held: Sequence[str], beside: Sequence[Shelf]) -> dict[str, Part]:
+        """What an adapter needs besides itself; nothing, where it is a LoRA that is no member, and stands alone."""
+        from fluxloom.weights.adapted import adapter_row
+
+        adapter = next((one for one in found if PARTS.get(one.kind) == ADAPTER), None)
+        if adapter is None or not (adapter.candidates or self.variant or self.base):
+            return {}
+        row = adapter_row(adapter, self.variant)
+        assert row.source is not None, "every adapter is published"
+        own = [kind for kind in layout.own_kinds(row) if kind not in held]
+        places = chain(beside, shelves.collections(), self._hub(row.source.repo, None))
+        return {**self._under(row, beside), **(self._take(own, places, row) if own else {})}
+
+    def _delivered(self, shelf: Shelf, picks: Sequence[Pick]) -> list[Part]:
+        return shelf.deliver(picks, self.progress) if self.fetch else [shelf.part(pick) for pick in picks]
 
     def _located(self, parts: Mapping[str, Part], candidates: tuple[str, ...]) -> Located:
         if self.variant and candidates and self.variant not in candidates:
@@ -230,7 +300,10 @@ class _Search:
         single = layout.component_folder(shelf.listing)
         if single and not any("/" in name for pick in found for name in pick.names):
             return [single]
+        found = found or layout.options(shelf.listing, ADAPTER, (layout.DIFFUSERS,))
+        wanted = MODELS[self.variant].source if self.variant else None
         files = {spec.source.file for spec in MODELS.values() if spec.source}
+        found = [pick for pick in found if wanted and pick.path == wanted.file] or found
         found = [pick for pick in found if pick.path in files] or found
         if len(found) > 1:
             rows = [f"{pick.path} ({size_text(pick.bytes(shelf.listing))})" for pick in found[:12]]
@@ -254,7 +327,7 @@ class _Search:
             raise self._missing([kind for kind in missing if not KINDS[kind].optional], spec)
         for shelf, picks in chosen:
             _check_published(shelf, picks, sha256)
-        parts = [part for shelf, picks in chosen if picks for part in shelf.deliver(picks, self.progress)]
+        parts = [part for shelf, picks in chosen if picks for part in self._delivered(shelf, picks)]
         return {part.kind: part for part in sorted(parts, key=lambda part: kinds.index(part.kind))}
 
     def _best(self, shelf: Shelf, kind: str, spec: ModelSpec | None) -> Pick | None:
@@ -370,33 +443,3 @@ def identified(part: Part) -> list[Component]:
     from fluxloom.weights.identify import identify
 
     return identify(open_checkpoint(part.path), part.sha256)
-
-
-def _announced(shelf: Shelf, pick: Pick) -> list[Component] | None:
-    """What the header of a safetensors file on a hub says that it holds; None where that takes its data, too."""
-    if not isinstance(shelf, Remote) or len(pick.names) > 1 or not pick.path.endswith((".safetensors", ".sft")):
-        return None
-    start = shelf.hub.beginning(shelf.snapshot, pick.path, _HEADER_GUESS)
-    length = int.from_bytes(start[:8], "little")
-    if length > _HEADER_MOST:
-        return None
-    if length + 8 > len(start):
-        start = shelf.hub.beginning(shelf.snapshot, pick.path, length + 8)
-    try:
-        header = json.loads(start[8 : 8 + length])
-        facts = {name: str(text) for name, text in header.pop("__metadata__", {}).items()}
-        shapes = {name: (row["dtype"], tuple(row["shape"])) for name, row in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None  # opening the file says what is wrong with it
-    if not {dtype for dtype, _ in shapes.values()} <= _PLAIN:
-        return None
-
-    from fluxloom.weights.checkpoint import Checkpoint, Entry
-    from fluxloom.weights.identify import identify
-
-    entries = {name: Entry(shape, dtype, 0, _unread) for name, (dtype, shape) in shapes.items()}
-    return identify(Checkpoint(entries, (Path(pick.path),), facts), shelf.snapshot.files[pick.path].etag)
-
-
-def _unread() -> Tensor:
-    raise Failure("got a request for a tensor that is still on the hub, allowed its name and shape, try fetching it")

@@ -151,7 +151,7 @@ def _autoencoder(dialect: int, group: Shapes, config: Mapping[str, Any]) -> Foun
     if spec.z_channels in _FOREIGN_LATENTS:
         raise WeightsError(f"got {_FOREIGN_LATENTS[spec.z_channels]}, allowed 16 latent channels, try FLUX.1's ae")
     # What shapes cannot tell is a member's, where one has this shape, or the folder's own.
-    untold = {"scale_factor", "shift_factor", "norm_groups"}
+    untold = {"scale_factor", "shift_factor", "norm_groups", "rgb_map"}
     for row in MODELS.values():
         if all(getattr(row.autoencoder, f) == getattr(spec, f) for f in vars(spec) if f not in untold):
             spec = row.autoencoder

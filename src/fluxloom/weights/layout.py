@@ -51,7 +51,7 @@ class Kind:
     optional: bool = False
 
 
-TRANSFORMER, ADAPTER = "transformer", "adapter"
+TRANSFORMER, ADAPTER, IMAGES = "transformer", "adapter", "image_encoder"
 KINDS: Mapping[str, Kind] = {
     kind.name: kind
     for kind in (
@@ -97,13 +97,14 @@ KINDS: Mapping[str, Kind] = {
             optional=True,
         ),
         Kind(
-            name="image_encoder",
+            name=IMAGES,
             title="the image encoder",
             files=("sigclip_vision*384*.safetensors", "*siglip*so400m*384*.safetensors"),
             folders=("image_encoder",),
             places=("clip_vision",),
         ),
-        Kind(name=ADAPTER, title="the adapter", places=("loras", "style_models")),
+        # The folder is that of Redux, the one adapter that diffusers saves as a component.
+        Kind(name=ADAPTER, title="the adapter", folders=("image_embedder",), places=("loras", "style_models")),
     )
 }
 MODEL = (TRANSFORMER, "autoencoder", "clip", "t5", "tokenizer", "tokenizer_2")
@@ -125,7 +126,7 @@ def own_kinds(spec: ModelSpec) -> tuple[str, ...]:
     """The kinds that a member's own repository holds; those of its base, if it is an adapter, lie elsewhere."""
     if spec.base is None:
         return MODEL
-    return (ADAPTER, "image_encoder") if "redux" in spec.tasks else (ADAPTER,)
+    return (ADAPTER, IMAGES) if "redux" in spec.tasks else (ADAPTER,)
 
 
 def options(listing: Listing, name: str, layouts: Sequence[str]) -> list[Pick]:
@@ -139,9 +140,12 @@ def options(listing: Listing, name: str, layouts: Sequence[str]) -> list[Pick]:
 
 
 def published(listing: Listing, spec: ModelSpec) -> list[Pick]:
-    """The official file of a member, wherever in a listing it lies: the transformer, or the adapter."""
+    """The official file of a member, wherever in a listing it lies: the transformer, or the adapter, which of Redux may
+    also be a folder."""
     kind = ADAPTER if spec.base else TRANSFORMER
-    return [Pick(kind, name, (name,)) for name in sorted(listing) if spec.source and _base(name) == spec.source.file]
+    files = [Pick(kind, name, (name,)) for name in sorted(listing) if spec.source and _base(name) == spec.source.file]
+    folders = options(listing, ADAPTER, (DIFFUSERS,)) if IMAGES in own_kinds(spec) else []
+    return [*files, *folders]
 
 
 def transformers(listing: Listing, spec: ModelSpec | None, layouts: Sequence[str]) -> list[Pick]:

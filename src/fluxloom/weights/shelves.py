@@ -20,13 +20,15 @@ FOLDERS = "FLUXLOOM_MODELS"
 @dataclass(frozen=True)
 class Part:
     """One component on the disk: ``path`` is what to open, its file or its folder; ``origin`` says where it came from,
-    with the commit where that is a repository."""
+    with the commit where that is a repository; ``lacks`` counts its bytes that are still there, if none were to be
+    fetched."""
 
     kind: str
     path: Path
     files: tuple[Path, ...]
     origin: str
     commit: str | None = None
+    lacks: int = 0
 
     @property
     def sha256(self) -> str | None:
@@ -54,6 +56,9 @@ class Shelf(Protocol):
         """Bytes to fetch before it can be used."""
 
     def deliver(self, picks: Sequence[Pick], progress: Progress | None) -> list[Part]: ...
+
+    def part(self, pick: Pick) -> Part:
+        """What would be delivered, without fetching it."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,9 @@ class Folder:
         return 0
 
     def deliver(self, picks: Sequence[Pick], progress: Progress | None) -> list[Part]:
-        return [self._part(pick) for pick in picks]
+        return [self.part(pick) for pick in picks]
 
-    def _part(self, pick: Pick) -> Part:
+    def part(self, pick: Pick) -> Part:
         files = tuple(self.root / name for name in pick.names)
         return Part(pick.kind, _opened(self.root / pick.path, files), files, str(self.root / pick.path))
 
@@ -112,13 +117,14 @@ class Remote:
         return sum(max(self.listing[name], 1) for name in self.hub.lacking(self.snapshot, pick.names))
 
     def deliver(self, picks: Sequence[Pick], progress: Progress | None) -> list[Part]:
-        paths = self.hub.fetch(self.snapshot, [name for pick in picks for name in pick.names], progress)
-        return [self._part(pick, tuple(paths[name] for name in pick.names)) for pick in picks]
+        self.hub.fetch(self.snapshot, [name for pick in picks for name in pick.names], progress)
+        return [self.part(pick) for pick in picks]
 
-    def _part(self, pick: Pick, files: tuple[Path, ...]) -> Part:
+    def part(self, pick: Pick) -> Part:
+        files = tuple(self.hub.path(self.snapshot, name) for name in pick.names)
         origin = f"{self.snapshot.repo}@{self.snapshot.commit}:{pick.path}"
         path = _opened(self.hub.path(self.snapshot, pick.path), files)
-        return Part(pick.kind, path, files, origin, self.snapshot.commit)
+        return Part(pick.kind, path, files, origin, self.snapshot.commit, self.cost(pick))
 
 
 def collections() -> list[Folder]:
