@@ -47,7 +47,7 @@ def oracle(encoder: str) -> Any:
     if encoder == "clip":
         merges = [tuple(merge.split(" ")) for merge in document]
         return CLIPTokenizer(vocab=bundled("clip").model.get_vocab(), merges=merges)
-    scores = [(piece, float(np.float32(score))) for piece, score in document["model"]["vocab"]]
+    scores = [(piece, float(np.float32(score))) for piece, score in zip(*document["model"]["vocab"], strict=True)]
     made = T5Tokenizer(vocab=scores)
     made.backend_tokenizer.normalizer = bundled("t5").model.normalizer
     return made

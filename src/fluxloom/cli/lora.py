@@ -44,7 +44,7 @@ def inspect(
     facts: dict[str, Any] = {"file": str(file), **report}
     if not json:
         facts["ranks"] = {f"rank {rank}": count for rank, count in report["ranks"].items()}
-        facts["change"] = None if report["change"] is None else f"{100 * report['change']:.2g} % of the velocity"
+        facts["change"] = None if report["change"] is None else f"{100 * report['change']:.3g} % of the velocity"
     (print_json if json else print_facts)(facts)
 
 

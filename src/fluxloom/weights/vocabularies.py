@@ -170,8 +170,9 @@ def _bundled_t5(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     document = json.loads(lzma.decompress(path.read_bytes()))
-    for piece in document["model"]["vocab"]:
-        piece[1] = float(np.float32(piece[1]))  # kept as the shortest text of a float32
+    pieces, scores = document["model"]["vocab"]
+    exact = np.array(scores, np.float32).astype(float).tolist()  # kept as the shortest texts of float32
+    document["model"]["vocab"] = list(zip(pieces, exact, strict=True))
     return Tokenizer.from_str(json.dumps(document))
 
 
