@@ -10,8 +10,9 @@ DIR holds these npm packages, each unpacked into a folder named after its tarbal
     @iconify-json/fluent-emoji-high-contrast 1.2.6    MIT         style "line"
 
 SVG is drawn by resvg-py (`pip install resvg-py`), which only this builder needs. The result is `atlas.zip`,
-one WebP per style and concept, and `concepts.json`, the curated table of `concepts.tsv` with what was measured
-on the sprites: their sizes, their natural colours, and the colours into which they can be repainted truly.
+one WebP per style and concept (those of a concept in one entry), and `concepts.json`, the curated table of
+`concepts.tsv` with what was measured on the sprites: their sizes, their natural colours, and the colours into which
+they can be repainted truly.
 """
 
 from __future__ import annotations
@@ -203,9 +204,8 @@ def build(packages: Path, out: Path) -> Iterator[str]:
             entry = concept(row, {s: unpack(f) for s, f in files.items()})
             name = entry["en"].replace(" ", "_")
             table[name] = entry
-            for style, file in files.items():
-                # A fixed date keeps the archive byte for byte reproducible.
-                archive.writestr(zipfile.ZipInfo(f"{style}/{name}.webp", (2025, 1, 1, 0, 0, 0)), file)
+            # A fixed date keeps the archive byte for byte reproducible.
+            archive.writestr(zipfile.ZipInfo(name, (2025, 1, 1, 0, 0, 0)), b"".join(files.values()))
             dropped = [LETTERS[c] for c in row["colours"].lstrip("*") if LETTERS[c] not in entry["colours"]]
             if dropped:
                 yield f"{entry['en']}: not truly {', '.join(dropped)}"

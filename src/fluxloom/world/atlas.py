@@ -111,8 +111,19 @@ class Atlas:
         concept = self.concept(key)
         if style not in concept.pixels:
             raise BadInput(f"got style {style!r} for {key}; allowed are {', '.join(concept.pixels)}")
-        rgba = np.asarray(Image.open(io.BytesIO(self._archive.read(f"{style}/{key}.webp"))).convert("RGBA"))
+        rgba = np.asarray(Image.open(io.BytesIO(self._file(concept, style))).convert("RGBA"))
         return premultiply(recolour(rgba, colour, concept.whole) if colour else rgba)
+
+    def _file(self, concept: Concept, style: str) -> bytes:
+        """A drawing as WebP. The archive holds those of a concept one after another, in the order of its styles (76 kB
+        less than each by itself); a RIFF file begins with its length."""
+        data = self._archive.read(concept.key)
+        for name in concept.pixels:
+            size = 8 + int.from_bytes(data[4:8], "little")
+            if name == style:
+                break
+            data = data[size:]
+        return data[:size]
 
     def _stamp(self, key: str, style: str, colour: str | None, mirror: bool, width: int, height: int) -> Stamp:
         level = halvings(max(self.concept(key).pixels[style]), max(width, height))
