@@ -33,8 +33,9 @@ fmt: .venv/dev.stamp ## format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs-figures: .venv/demo.stamp ## draw the README's pictures anew
+docs-figures: .venv/demo.stamp ## draw the pictures of README.md and docs/editing.md anew
 	$(BIN)/python -m fluxloom demo --out demo --sheet docs/images/sheet.webp
+	$(BIN)/python bench/editing_figures.py docs/images
 
 clean: ## remove the environment, caches and build products; pictures in demo/ stay
 	rm -rf .venv build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache

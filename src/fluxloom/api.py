@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, overload
@@ -12,7 +12,10 @@ from typing import Any, overload
 import torch
 
 from fluxloom.core.specs import MODELS, ModelSpec
+from fluxloom.edit.lock import Lock
 from fluxloom.errors import BadInput, UnknownModel
+from fluxloom.infer.finish import Box, Finisher, Maker, boxed
+from fluxloom.infer.pictures import read
 from fluxloom.infer.pipeline import Pipeline
 from fluxloom.infer.preview import Preview, load_decoder
 from fluxloom.infer.replay import Replay, replay
@@ -64,7 +67,9 @@ def load(
     if own is not None:
         if base is not None:
             raise BadInput(f"got base {os.fspath(base)} for {own[0].name}, allowed for adapters, try without it")
-        return Loom(Pipeline(Runtime.from_folder(own[1], own[0], where, _DTYPES[name]))).previewed(preview_decoder)
+        return Loom(Pipeline(Runtime.from_folder(own[1], own[0], where, _DTYPES[name]), MAKERS)).previewed(
+            preview_decoder
+        )
     from fluxloom.infer.assemble import assemble
     from fluxloom.weights.hub import resolve
     from fluxloom.weights.tiny import load_tiny_decoder
@@ -74,7 +79,7 @@ def load(
     located = resolve(
         reference, revision=revision, offline=offline, token=token, variant=variant, progress=progress, base=base
     )
-    return Loom(Pipeline(assemble(located, where, _DTYPES[name], variant, progress))).previewed(preview_decoder)
+    return Loom(Pipeline(assemble(located, where, _DTYPES[name], variant, progress), MAKERS)).previewed(preview_decoder)
 
 
 class Loom:
@@ -111,17 +116,40 @@ class Loom:
     def edit(self, picture: Picture, instruction: str, *, n: None = None, **fields: Any) -> Result: ...
     @overload
     def edit(self, picture: Picture, instruction: str, *, n: int, **fields: Any) -> list[Result]: ...
-    def edit(self, picture: Picture, instruction: str, *, n: int | None = None, **fields: Any) -> Result | list[Result]:
-        """Change a picture as an instruction in words says; otherwise as :meth:`generate`."""
-        return self._draw(n, prompt=instruction, references=(Reference(picture),), **fields)
+    def edit(
+        self,
+        picture: Picture,
+        instruction: str,
+        *,
+        n: int | None = None,
+        lock: Picture = "auto",
+        box: Box | None = None,
+        **fields: Any,
+    ) -> Result | list[Result]:
+        """Change a picture as an instruction in words says; otherwise as :meth:`generate`.
 
-    def run(self, request: Request, observe: Callable[[Preview], None] | None = None) -> list[Result]:
-        """All results of a request; ``observe`` sees every step, and stops the work by raising."""
-        return self.pipeline.run(request, observe)
+        lock   ``auto``: what the edit did not change stays the picture's own bytes, and the result has its size; edits
+               of everything pass whole. A picture of the same size: only where that is white anything changes.
+               ``off``: as the model drew it. The receipt reports (``finish``)
+        mask   the model, too, is held to what is black there: as ``init`` and ``mask`` of a request, and locked by it
+        box    (left, top, right, bottom) in pixels: the same for a rectangle
+        """
+        asked, finishers = within(picture, lock, fields.pop("mask", None), box)
+        return self._draw(n, finishers, prompt=instruction, references=(Reference(picture),), **{**asked, **fields})
 
-    def stream(self, request: Request) -> Iterator[Preview | Result]:
+    def run(
+        self,
+        request: Request,
+        observe: Callable[[Preview], None] | None = None,
+        finishers: Sequence[Finisher] = (),
+    ) -> list[Result]:
+        """All results of a request; ``observe`` sees every step, and stops the work by raising. ``finishers``: what is
+        done to each picture after it is drawn, :class:`fluxloom.edit.lock.Lock` for one."""
+        return self.pipeline.run(request, observe, finishers)
+
+    def stream(self, request: Request, finishers: Sequence[Finisher] = ()) -> Iterator[Preview | Result]:
         """Previews and results as they come; closing the iterator stops the work."""
-        return self.pipeline.stream(request)
+        return self.pipeline.stream(request, finishers)
 
     def replay(
         self,
@@ -132,16 +160,44 @@ class Loom:
         """Draw the picture in a file again from its receipt and compare; see :func:`fluxloom.infer.replay.replay`."""
         return replay(self.pipeline, path, inputs, observe)
 
-    def _draw(self, n: int | None, **fields: Any) -> Result | list[Result]:
+    def _draw(self, n: int | None, finishers: Sequence[Finisher] = (), **fields: Any) -> Result | list[Result]:
         unknown = sorted(fields.keys() - Request.__dataclass_fields__.keys())
         if unknown:
             names = list(Request.__dataclass_fields__)
             near = get_close_matches(unknown[0], names, n=1) or ["leaving it out"]
             raise BadInput(f"got {', '.join(unknown)}, allowed {', '.join(names)}, try {near[0]}")
-        results = self.run(Request(n=1 if n is None else n, **fields))
+        results = self.run(Request(n=1 if n is None else n, **fields), finishers=finishers)
         for note in results[0].warnings:
             warnings.warn(note, PromptWarning, stacklevel=3)
         return results[0] if n is None else results
+
+
+def within(
+    picture: Picture, lock: Picture, mask: Picture | None, box: Box | None
+) -> tuple[dict[str, Any], tuple[Finisher, ...]]:
+    """The fields of a request and the finishers that keep an edit of a picture in its place; see :meth:`Loom.edit`."""
+    if mask is not None and box is not None:
+        raise BadInput("got mask and box, allowed one of them, try the mask alone")
+    asked: dict[str, Any] = {}
+    if mask is not None or box is not None:
+        asked = {"init": picture, "mask": mask}
+    if box is not None:
+        asked["mask"] = boxed((picture.image if isinstance(picture, Result) else read(picture)[1]).size, box)
+    if isinstance(lock, str) and lock == "off":
+        return asked, ()
+    if isinstance(lock, str) and lock == "auto":
+        return asked, (Lock(mask, box),)
+    return asked, (Lock(lock),)
+
+
+def _resized(settings: Mapping[str, Any], pictures: Sequence[Picture]) -> Finisher:
+    from fluxloom.edit.batch import Scale
+
+    return Scale(**settings)
+
+
+# Of the finishers that receipts may name.
+MAKERS: Mapping[str, Maker] = {"lock": Lock.remade, "resize": _resized}
 
 
 def _own(reference: str | os.PathLike[str]) -> tuple[ModelSpec, Path] | None:

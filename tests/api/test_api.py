@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pico import photo
@@ -14,6 +15,7 @@ from PIL import Image
 import fluxloom as fl
 from fluxloom.core.specs import MODELS
 from fluxloom.errors import BadInput, FluxloomError, OutputError, UnknownModel, WeightsError
+from fluxloom.infer.finish import boxed
 from fluxloom.infer.loras import Lora
 from fluxloom.infer.request import PromptWarning
 from fluxloom.weights.lora_file import save_lora
@@ -43,6 +45,30 @@ def test_draw_edit_and_replay(pipe: fl.Loom, picture: fl.Result, tmp_path: Path)
     assert edits[0].receipt.pixels != picture.receipt.pixels
     again = pipe.replay(edits[1].save(tmp_path / "2.jpg"))
     assert again.verdict == "bit-exact"
+
+
+def test_an_edit_keeps_the_size_and_the_bytes_of_its_picture(pipe: fl.Loom, tmp_path: Path) -> None:
+    large = photo(160, 128)
+    small = {"width": 80, "height": 64, "steps": 2, "seed": 1}
+    plain = pipe.edit(large, "make it blue", lock="off", **small)
+    assert plain.image.size == (80, 64)
+    assert "finish" not in plain.receipt.data
+    assert pipe.edit(large, "make it blue", **small).image.size == (160, 128)
+    box = (32, 32, 96, 96)
+    mask = boxed((160, 128), box)
+    mask.save(tmp_path / "mask.png")
+    ways: list[dict[str, Any]] = [{"box": box}, {"mask": mask}, {"lock": tmp_path / "mask.png"}]
+    for way in ways:
+        edit = pipe.edit(large, "make it blue", **way, **small)
+        apart = np.abs(np.asarray(edit.image).astype(int) - np.asarray(large)).max(axis=-1)
+        left, top, right, bottom = Image.fromarray(apart > 0).getbbox() or (0, 0, 0, 0)
+        assert 32 <= left < right <= 96
+        assert 32 <= top < bottom <= 96
+        assert edit.receipt.data["finish"][0]["report"]["identical"] == 1
+        held = {one["role"] for one in edit.receipt.data["inputs"]}
+        assert ("init" in held) == ("lock" not in way)
+    with pytest.raises(BadInput, match="got mask and box"):
+        pipe.edit(large, "make it blue", box=box, mask=mask)
 
 
 def test_another_process_worth_of_state_draws_the_same(picture: fl.Result) -> None:

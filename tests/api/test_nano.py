@@ -169,7 +169,9 @@ def truth(name: str) -> world.EditPicture:
 @cache
 def edited(name: str) -> np.ndarray:
     source = Image.fromarray(truth(name).source.pixels)
-    return np.asarray(nano().edit(source, EDITS[name][0], seed=1 + list(EDITS).index(name), steps=STEPS).image)
+    seed = 1 + list(EDITS).index(name)
+    # What the model itself does; locked, it would keep 44 dB outside of what it removes, not 31.
+    return np.asarray(nano().edit(source, EDITS[name][0], seed=seed, steps=STEPS, lock="off").image)
 
 
 def error(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
@@ -234,7 +236,7 @@ def test_night_falls_on_the_same_picture() -> None:
 
 def test_signs_read_the_new_words() -> None:
     """Letter by letter, without a list of words: after "OPEN" the first six of the world. The control is the sign
-    before."""
+    before. Locked, as edits are: a lock that put back parts of the old letters would make them unreadable."""
     source = Image.fromarray(truth("sign").source.pixels)
     assert recogniser().read([source])[0].sign == "OPEN"
     words = SIGN_WORDS[1:7]

@@ -15,7 +15,7 @@ BAD = {
     "empty prompt": (["generate", ""], "try 'a red bicycle"),
     "blank prompt": (["generate", " \n\t "], "try 'a red bicycle"),
     "endless prompt": (["generate", "cat " * 2500], "10,000 characters"),
-    "no prompt": (["generate"], "got no PROMPT, allowed what to draw"),
+    "no prompt": (["generate"], "got no prompt, allowed one in words"),
     "two prompts": (["generate", "a cat", "a dog"], "(a dog)"),
     "negative steps": (["generate", "a cat", "--steps", "-3"], "got steps -3, allowed 1 to"),
     "no number": (["generate", "a cat", "--steps", "few"], "got --steps 'few', allowed a valid integer"),

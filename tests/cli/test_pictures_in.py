@@ -56,3 +56,40 @@ def test_what_a_model_cannot_use_is_refused(words: tuple[str, ...], message: str
     assert ended.code == 2
     assert message in ended.err
     assert [path.name for path in here.iterdir()] == ["a.png"]
+
+
+def test_an_edit_says_what_it_kept(run: Run, here: Path, drawn: Path) -> None:
+    words = ("edit", drawn.name, "make it blue", "--box", "8,8,40,40", "--steps", "2", "--seed", "1")
+    ended = run(*words, "--out", "new.png")
+    assert (ended.code, ended.out) == (0, "new.png\n")
+    assert ended.err.startswith("changed 25 % of the picture; 100 % of the rest identical; shift ")
+    assert "file format" not in ended.err
+    assert "survived the file format" in run(*words, "--out", "new.jpg").err
+    assert run(*words, "--out", "quiet.png", "--quiet").err == ""
+    (picture,) = json.loads(run(*words, "--out", "json.png", "--json").out)["pictures"]
+    assert (picture["lock"]["mode"], picture["lock"]["identical"]) == ("mask", 1)
+    with Image.open(drawn) as before, Image.open(here / "new.png") as after:
+        apart = (np.asarray(before) != np.asarray(after)).any(axis=-1)
+    assert apart[8:40, 8:40].any()
+    assert apart.sum() == apart[8:40, 8:40].sum()
+    for name in ("new.png", "new.jpg"):
+        assert json.loads(run("replay", name, "--json").out)["verdict"] == "bit-exact"
+    assert "delta_e_outside" in run("info", "new.png").out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--box", "1,2"), "got --box '1,2', allowed left,top,right,bottom"),
+        (("--box", "0,0,65,64"), "got box (0, 0, 65, 64), allowed left, top, right, bottom inside 64x64"),
+        (("--box", "0,0,9,9", "--mask", "small.png"), "got mask and box"),
+        (("--mask", "small.png"), "got a mask of 32x32 for a picture of 64x64"),
+        (("--lock", "small.png"), "got a lock of 32x32 for a picture of 64x64"),
+        (("--lock", "on"), "got 'on', which does not exist"),
+    ],
+)
+def test_where_an_edit_cannot_be(words: tuple[str, ...], message: str, run: Run, here: Path, drawn: Path) -> None:
+    Image.new("RGB", (32, 32), "white").save(here / "small.png")
+    ended = run("edit", drawn.name, "make it blue", "--steps", "1", *words)
+    assert ended.code == 2
+    assert message in ended.err

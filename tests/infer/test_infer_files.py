@@ -153,3 +153,46 @@ def test_a_write_that_fails_in_the_middle_keeps_the_old_file(tmp_path: Path) -> 
     assert "too large" in ran.stdout
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------------------------------------ others' files
+
+THEIRS = (
+    b'<?xpacket begin="\xef\xbb\xbf" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    b'<r:RDF xmlns:r="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><r:Description r:about="uuid:3"/></r:RDF>'
+    b'</x:xmpmeta>    <?xpacket end="w"?>'
+)
+
+
+@given(st.text(), st.text())
+def test_a_note_beside_the_xmp_of_others(first: str, second: str) -> None:
+    joined = xmp.join(xmp.join(THEIRS, ascii(first)), ascii(second))
+    assert joined is not None
+    assert xmp.unpack(joined) == ascii(second)
+    assert joined.count(b"fluxloom:receipt=") == 1
+    assert xmp.join(joined, None) == THEIRS
+
+
+def test_xmp_that_holds_nothing_or_cannot_be_added_to() -> None:
+    assert xmp.join(None, None) is None
+    assert xmp.join(None, "x") == xmp.join(xmp.pack("y"), "x") == xmp.pack("x")
+    assert xmp.join(xmp.pack("y"), None) is None
+    for packet in (b"junk", b"<a/>", b"<RDF/>"):
+        assert xmp.join(packet, "x") == packet
+
+
+def test_tables_of_another_jpeg() -> None:
+    once = reopened(files.encode(photo(), "JPEG", quality=40))
+    tables = files.tables_of(once)
+    again = files.through(once, "JPEG", tables)
+    assert again.quantization == once.quantization  # type: ignore[attr-defined]
+    assert files.tables_of(reopened(files.encode(photo(), "PNG"))) is None
+    assert files.tables_of(reopened(files.encode(photo(), "JPEG")).convert("L")) is None
+
+
+@pytest.mark.parametrize(
+    "tables", [{}, {"qtables": [[0] * 64], "subsampling": 0}, {"qtables": [[1]], "subsampling": 0}]
+)
+def test_tables_that_are_none(tables: dict[str, object]) -> None:
+    with pytest.raises(BadInput, match="got tables for JPEG"):
+        files.encode(photo(), "JPEG", quality=tables)

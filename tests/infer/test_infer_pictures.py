@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pico import photo
-from PIL import Image
+from PIL import Image, ImageCms
 
 from fluxloom.errors import BadInput
 from fluxloom.infer import pictures
@@ -209,3 +209,11 @@ def test_resize_uses_lanczos_and_leaves_what_fits() -> None:
     lanczos = picture.resize((32, 32), Image.Resampling.LANCZOS)
     assert pixel_hash(resize(picture, 32, 32)) == pixel_hash(lanczos)
     assert pixel_hash(lanczos) != pixel_hash(picture.resize((32, 32), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize("profile", [b"damaged", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()])
+def test_cmyk_with_a_profile_that_is_not_of_it(profile: bytes) -> None:
+    picture = photo().convert("CMYK")
+    plain = upright(picture)
+    picture.info["icc_profile"] = profile
+    assert pixel_hash(upright(picture)) == pixel_hash(plain)

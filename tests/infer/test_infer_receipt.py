@@ -49,7 +49,7 @@ def test_a_receipt_says_everything(result: Result, pipeline: Pipeline) -> None:
     assert (data["request"]["prompt"], data["request"]["solver"]) == ('a 猫 "<&>" cat', "euler")
     assert data["inputs"] == []
     assert data["pixels"] == pixel_hash(result.image)
-    assert data["versions"].keys() == {"python", "torch", "numpy", "pillow", "safetensors"}
+    assert data["versions"].keys() == {"python", "torch", "numpy", "pillow", "opencv-python-headless", "safetensors"}
     assert data["machine"]["threads"] == 1
     assert data["machine"]["processor"]
     assert data["seconds"] > 0

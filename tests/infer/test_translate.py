@@ -2,73 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from chat_server import Endpoint, answer, serving
 
 from fluxloom.errors import BadInput, Failure
-from fluxloom.infer import translate
+from fluxloom.infer import chat
 from fluxloom.infer.translate import ChatTranslator, from_environment
-
-
-@dataclass
-class Endpoint:
-    """What the server answers, and what it was asked."""
-
-    url: str
-    status: int = 200
-    body: bytes = b'{"choices": [{"message": {"role": "assistant", "content": " a red cat\\n"}}]}'
-    headers: dict[str, str] = field(default_factory=dict)
-    delay: float = 0.0
-    asked: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)
-
-    def translator(self, **fields: Any) -> ChatTranslator:
-        return ChatTranslator(**{"url": self.url, "model": "small", "timeout": 5.0, **fields})
 
 
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
+    with serving(monkeypatch) as made:
+        yield made
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            content = self.rfile.read(int(self.headers["Content-Length"]))
-            made.asked.append((self.path, dict(self.headers), json.loads(content)))
-            time.sleep(made.delay)
-            self.send_response(made.status)
-            for name, value in {"Content-Length": str(len(made.body)), **made.headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            with suppress(OSError):  # the client may have gone, as it should
-                self.wfile.write(made.body)
 
-        def do_GET(self) -> None:
-            made.asked.append((self.path, dict(self.headers), None))
-            self.send_error(404)
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    made = Endpoint(f"http://127.0.0.1:{server.server_port}/v1")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    yield made
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def translator(endpoint: Endpoint, **fields: Any) -> ChatTranslator:
+    return ChatTranslator(**{"url": endpoint.url, "model": "small", "timeout": 5.0, **fields})
 
 
 def test_a_translation(endpoint: Endpoint) -> None:
-    assert endpoint.translator(key="secret").translate("一只红猫") == "a red cat"
+    assert translator(endpoint, key="secret").translate("一只红猫") == "a red cat"
     [(path, headers, body)] = endpoint.asked
     assert path == "/v1/chat/completions"
     assert headers["Authorization"] == "Bearer secret"
@@ -77,8 +34,13 @@ def test_a_translation(endpoint: Endpoint) -> None:
     assert "Translate" in body["messages"][0]["content"]
 
 
+def test_thinking_aloud_is_not_the_answer(endpoint: Endpoint) -> None:
+    endpoint.body = answer("<think>\na cat?\n</think>\n\na red cat")
+    assert translator(endpoint).translate("猫") == "a red cat"
+
+
 def test_no_key_sends_none_and_a_slash_does_no_harm(endpoint: Endpoint) -> None:
-    endpoint.translator(url=endpoint.url + "/").translate("猫")
+    translator(endpoint, url=endpoint.url + "/").translate("猫")
     path, headers, _ = endpoint.asked[0]
     assert path == "/v1/chat/completions"
     assert "Authorization" not in headers
@@ -91,28 +53,32 @@ def test_no_key_sends_none_and_a_slash_does_no_harm(endpoint: Endpoint) -> None:
         (b"{}", "another form"),
         (b'{"choices": []}', "another form"),
         (b'{"choices": [{"message": {"content": null}}]}', "another form"),
-        (b'{"choices": [{"message": {"content": "  "}}]}', "empty answer"),
+        (answer("  "), "empty answer"),
+        (answer("<think>a cat?</think>"), "empty answer"),
+        (answer("a red c", finish_reason="length"), "cut off"),
+        (answer(None, refusal="not this"), "a refusal: not this"),
+        (answer("a r", finish_reason="content_filter"), "a refusal: its filter"),
         (b"\xff\xfe", "another form"),
-        (b" " * (translate.MAX_ANSWER + 1), "over 1,048,576 bytes"),
+        (b" " * (chat.MAX_ANSWER + 1), "over 1,048,576 bytes"),
     ],
 )
 def test_answers_that_are_none(endpoint: Endpoint, body: bytes, message: str) -> None:
     endpoint.body = body
     with pytest.raises(Failure, match=rf"no translation from {endpoint.url} \(.*{message}.*try an English prompt"):
-        endpoint.translator().translate("猫")
+        translator(endpoint).translate("猫")
 
 
 def test_refusals_say_what_the_endpoint_said(endpoint: Endpoint) -> None:
     endpoint.status, endpoint.body = 401, b'{"error": "no such key"}'
     with pytest.raises(Failure, match=r"status 401: .*no such key"):
-        endpoint.translator(key="secret").translate("猫")
+        translator(endpoint, key="secret").translate("猫")
 
 
 def test_redirects_are_not_followed(endpoint: Endpoint) -> None:
     """The key would go to wherever they lead."""
     endpoint.status, endpoint.headers = 302, {"Location": "/elsewhere"}
     with pytest.raises(Failure, match="status 302"):
-        endpoint.translator(key="secret").translate("猫")
+        translator(endpoint, key="secret").translate("猫")
     assert len(endpoint.asked) == 1
 
 
@@ -120,7 +86,7 @@ def test_redirects_are_not_followed(endpoint: Endpoint) -> None:
 def test_an_answer_that_breaks_off(endpoint: Endpoint, headers: dict[str, str]) -> None:
     endpoint.headers, endpoint.body = {**headers, "Connection": "close"}, b'{"choices": ['
     with pytest.raises(Failure, match="no translation from"):
-        endpoint.translator(timeout=0.5).translate("猫")
+        translator(endpoint, timeout=0.5).translate("猫")
 
 
 def test_a_url_with_a_broken_port() -> None:
@@ -132,7 +98,7 @@ def test_silence(endpoint: Endpoint) -> None:
     endpoint.delay = 1.0
     began = time.perf_counter()
     with pytest.raises(Failure, match="timed out"):
-        endpoint.translator(timeout=0.2).translate("猫")
+        translator(endpoint, timeout=0.2).translate("猫")
     assert time.perf_counter() - began < 0.9
 
 

@@ -16,7 +16,10 @@ from fluxloom.cli import settings
 class Commands(Mapping[str, Any]):
     """``fluxloom.cli.<name>`` has the command <name>."""
 
-    names = ("generate", "edit", "replay", "info", "convert", "models", "lora", "world", "train", "evals", "demo")
+    names = (
+        "generate", "edit", "batch", "session", "replay", "verify", "info", "convert", "models", "templates",
+        "lora", "world", "train", "evals", "demo",
+    )  # fmt: skip
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.names:

@@ -15,11 +15,17 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def edit(
     image: Annotated[Path, typer.Argument(help="The picture to edit.", show_default=False)],
-    instruction: Annotated[str, typer.Argument(help="What to change, in English or Chinese.", show_default=False)],
+    instruction: Annotated[
+        str | None, typer.Argument(help="What to change, in English or Chinese.", show_default=False)
+    ] = None,
     model: options.Model = "nano",
     variant: options.Variant = None,
     base: options.Base = None,
     offline: options.Offline = False,
+    template: options.Template = None,
+    slot: options.Slots = None,
+    templates: options.Templates = None,
+    enhance: options.Enhance = None,
     negative: options.Negative = "",
     seed: options.Seed = None,
     n: options.Number = 1,
@@ -29,12 +35,18 @@ def edit(
     true_cfg: options.TrueCfg = None,
     solver: options.Solver = None,
     reference: options.References = None,
+    lock: options.Lock = "auto",
+    mask: options.Within = None,
+    box: options.Box = None,
+    best_of: options.BestOf = None,
+    max_drift: options.MaxDrift = None,
     lora: options.Loras = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     threads: options.Threads = None,
     out: options.Out = None,
     force: options.Force = False,
+    session: options.Session = None,
     receipt: options.Receipt = True,
     preview: options.Preview = False,
     preview_decoder: options.PreviewDecoder = None,
@@ -43,5 +55,10 @@ def edit(
 ) -> None:
     """Edit a picture by instruction; what is not asked to change stays."""
     given = locals()
+    if session is not None:
+        from fluxloom.cli.session import shortcut
+
+        shortcut(given, session, image, instruction or "")
+        return
     pictures = [(path, "context") for path in (image, *(reference or ()))]
-    drawing.draw(given, verb="editing", prompt=instruction, pictures=pictures)
+    drawing.draw(given, verb="editing", prompt=instruction, pictures=pictures, picture=image)

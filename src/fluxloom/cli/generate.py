@@ -13,11 +13,17 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw, in English or Chinese.", show_default=False)],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to draw, in English or Chinese.", show_default=False)
+    ] = None,
     model: options.Model = "nano",
     variant: options.Variant = None,
     base: options.Base = None,
     offline: options.Offline = False,
+    template: options.Template = None,
+    slot: options.Slots = None,
+    templates: options.Templates = None,
+    enhance: options.Enhance = None,
     negative: options.Negative = "",
     seed: options.Seed = None,
     n: options.Number = 1,

@@ -17,7 +17,8 @@ def _output(*flags: str, help: str, **more: Any) -> Any:
 
 
 SIZE = (
-    "Width and height in pixels; 256 is 256x256. Default: the model's own, at the aspect of the picture to start from."
+    "Width and height in pixels that the model works at; 256 is 256x256. Default: its own, at the aspect of the "
+    "picture to start from. A locked edit has the size of its original."
 )
 
 MODEL = "A name of `fluxloom models`, owner/name[@revision][:file] on a hub, a folder or a file."
@@ -29,6 +30,16 @@ Base = Annotated[
     str | None, _drawing("--base", metavar="REF", help="Of an adapter: the model to add it to, instead of its own.")
 ]
 Offline = Annotated[bool, _drawing("--offline", help="Take models as they are in the cache; ask no hub.")]
+Template = Annotated[
+    str | None,
+    _drawing("--template", metavar="NAME", help="A name of `fluxloom templates`; what is typed is its subject."),
+]
+Slots = Annotated[list[str] | None, _drawing("--slot", metavar="NAME=VALUE", help="Fills the template; repeatable.")]
+Templates = Annotated[Path | None, _drawing("--templates", metavar="FILE", help="Templates of your own (TOML).")]
+Enhance = Annotated[
+    str | None,
+    _drawing("--enhance", metavar="NAME", help="Let rules, chat or a plug-in say what the prompt leaves open."),
+]
 Negative = Annotated[str, _drawing("--negative", help="What the picture should not show (with --true-cfg over 1).")]
 Seed = Annotated[int | None, _drawing("--seed", "-s", help="Seed of the noise; picture k of n takes seed + k.")]
 Number = Annotated[int, _drawing("-n", help="How many pictures.")]
@@ -40,6 +51,16 @@ Solver = Annotated[str | None, _drawing("--solver", help="euler, heun, midpoint,
 Init = Annotated[Path | None, _drawing("--init", help="Picture to start from instead of pure noise.")]
 Strength = Annotated[float | None, _drawing("--strength", help="How far to leave --init behind; 0.8 unless given.")]
 Mask = Annotated[Path | None, _drawing("--mask", help="What of --init to repaint: white; black stays.")]
+Lock = Annotated[
+    str,
+    _drawing(
+        "--lock",
+        metavar="auto|off|MASK",
+        help="What is not edited stays as it is, to the byte. MASK: a picture, white where it may change.",
+    ),
+]
+Within = Annotated[Path | None, _drawing("--mask", help="Edit only inside: white in a picture of the same size.")]
+Box = Annotated[str | None, _drawing("--box", metavar="L,T,R,B", help="Edit only inside this box, in pixels.")]
 Expand = Annotated[
     str | None, _drawing("--expand", metavar="L,T,R,B", help="Pixels of new canvas around --init, to be painted.")
 ]
@@ -47,6 +68,13 @@ Control = Annotated[Path | None, _drawing("--control", help="Picture whose edges
 ControlReady = Annotated[bool, _drawing("--control-ready", help="--control is itself of edges or depth.")]
 ControlModel = Annotated[Path | None, _drawing("--control-model", help="Depth model (ONNX) for --control.")]
 Images = Annotated[list[Path] | None, _drawing("--image", help="Picture that stands for words (Redux); repeatable.")]
+BestOf = Annotated[
+    int | None, _drawing("--best-of", min=1, help="Draw so many and keep the one that follows best and changes least.")
+]
+MaxDrift = Annotated[
+    str | None,
+    _drawing("--max-drift", metavar="LIMITS", help="Refuse what changes the rest by more: psnr=28,delta_e=3."),
+]
 Loras = Annotated[
     list[str] | None,
     _drawing("--lora", metavar="FILE[:WEIGHT]", help="A LoRA: FILE or FILE:WEIGHT; may be given several times."),
@@ -62,6 +90,9 @@ Threads = Annotated[int | None, _drawing("--threads", help="Threads of the proce
 Out = Annotated[
     Path | None,
     _output("--out", "-o", help="File (.png, .jpg, .webp) or folder; default: here, named after prompt and seed."),
+]
+Session = Annotated[
+    Path | None, _output("--session", metavar="DIR", help="Keep it as a step of this session, new or not.")
 ]
 Force = Annotated[bool, _output("--force", help="Overwrite; otherwise the next free number is taken.")]
 Receipt = Annotated[

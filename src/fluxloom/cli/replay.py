@@ -11,13 +11,16 @@ import typer
 from fluxloom.cli import drawing, options
 from fluxloom.cli.output import Destination, print_facts, print_json
 from fluxloom.cli.progress import Watch
+from fluxloom.errors import BadInput
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def replay(
-    picture: Annotated[Path, typer.Argument(help="A picture with its receipt inside.", show_default=False)],
+    picture: Annotated[
+        Path, typer.Argument(help="A picture with its receipt inside, or a session.", show_default=False)
+    ],
     inputs: Annotated[
         list[Path] | None,
         typer.Option(
@@ -39,6 +42,13 @@ def replay(
 ) -> None:
     """Draw a picture again from its receipt, with as many threads as then, and compare: exit code 1 if it comes out
     different. Saved with --out."""
+    if picture.is_dir():
+        if out is not None:
+            raise BadInput("got --out with a session, allowed with a picture, try `fluxloom session export`")
+        from fluxloom.cli.session import replay as whole
+
+        whole(picture, None, inputs, model, variant, base, offline, device, dtype, quiet, json)
+        return
     place = Destination.at(out, force)
     with Watch("drawing again", quiet=quiet) as watch:
         from fluxloom.infer.receipt import read_receipt

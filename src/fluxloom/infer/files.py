@@ -5,17 +5,19 @@ from __future__ import annotations
 import io
 import os
 import secrets
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin
 
 from fluxloom.errors import BadInput, OutputError
 from fluxloom.infer import xmp
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 KEY = "fluxloom"  # of the PNG text chunk
+Quality = int | Mapping[str, Any]  # 1 to 100, or what tables_of() gives
 _JPEG_QUALITY = 95  # and full colour resolution, as the official code saves
 
 
@@ -27,12 +29,14 @@ def format_of(path: str | os.PathLike[str]) -> str:
     return FORMATS[suffix]
 
 
-def encode(picture: Image.Image, form: str, note: str | None = None, quality: int | None = None) -> bytes:
+def encode(picture: Image.Image, form: str, note: str | None = None, quality: Quality | None = None) -> bytes:
     """An RGB picture as a file of ``form``, with ``note`` (ASCII) inside: PNG iTXt, JPEG and WebP XMP.
 
-    PNG is lossless, WebP lossless unless ``quality`` is given, JPEG of quality 95 unless given (1 to 100).
+    PNG is lossless, WebP lossless unless ``quality`` is given, JPEG of quality 95 unless given (1 to 100, or the
+    tables of another JPEG).
     """
-    if quality is not None and (form == "PNG" or not 1 <= quality <= 100):
+    tables = _tables(quality, form) if isinstance(quality, Mapping) else None
+    if isinstance(quality, int) and (form == "PNG" or not 1 <= quality <= 100):
         raise BadInput(f"got quality {quality} for {form}, allowed 1 to 100 for JPEG and WebP, try leaving it out")
     options: dict[str, Any] = {}
     if form == "PNG":
@@ -40,7 +44,7 @@ def encode(picture: Image.Image, form: str, note: str | None = None, quality: in
         if note is not None:
             options["pnginfo"].add_itxt(KEY, note)
     elif form == "JPEG":
-        options |= {"quality": quality or _JPEG_QUALITY, "subsampling": 0}
+        options |= tables or {"quality": quality or _JPEG_QUALITY, "subsampling": 0}
     else:
         options |= {"lossless": quality is None, "quality": 80 if quality is None else quality}
     if form != "PNG" and note is not None:
@@ -50,7 +54,26 @@ def encode(picture: Image.Image, form: str, note: str | None = None, quality: in
     return buffer.getvalue()
 
 
-def through(picture: Image.Image, form: str, quality: int | None = None) -> Image.Image:
+def tables_of(picture: Image.Image) -> Quality | None:
+    """The tables of an RGB JPEG that PIL has opened: with them, what was not changed comes out nearly as it was."""
+    tables = getattr(picture, "quantization", None)
+    sampling = JpegImagePlugin.get_sampling(picture) if tables and picture.mode == "RGB" else -1
+    if not tables or sampling == -1:
+        return None
+    return {"qtables": [list(tables[key]) for key in sorted(tables)], "subsampling": sampling}
+
+
+def _tables(found: Mapping[str, Any], form: str) -> dict[str, Any]:
+    """Checked, as they may come from a receipt."""
+    match found:
+        case {"qtables": [*tables], "subsampling": 0 | 1 | 2 as sampling} if form == "JPEG" and 1 <= len(tables) <= 4:
+            values = [value for table in tables for value in (table if isinstance(table, list) else [None])]
+            if len(values) == 64 * len(tables) and all(isinstance(one, int) and 1 <= one <= 255 for one in values):
+                return {"qtables": tables, "subsampling": sampling}
+    raise BadInput(f"got tables for {form}, allowed those of a JPEG, for one, try leaving them out")
+
+
+def through(picture: Image.Image, form: str, quality: Quality | None = None) -> Image.Image:
     """What comes back of a picture from a file of ``form``."""
     return Image.open(io.BytesIO(encode(picture, form, quality=quality)))
 

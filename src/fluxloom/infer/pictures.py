@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from fluxloom.errors import BadInput
@@ -18,7 +19,7 @@ from fluxloom.errors import BadInput
 MIN_SIDE = 16  # pixels; smaller pictures say nothing to a model of 16-pixel tokens
 MAX_PIXELS = 178_956_970  # half a gigabyte of RGB; where Pillow, too, suspects a decompression bomb
 
-Source = Image.Image | str | os.PathLike[str]
+Source = Image.Image | io.BytesIO | str | os.PathLike[str]
 
 
 def read(source: Source) -> tuple[Image.Image, Image.Image]:
@@ -27,37 +28,48 @@ def read(source: Source) -> tuple[Image.Image, Image.Image]:
     Of an animation, the first frame. Raises BadInput for what is missing, unreadable, smaller than 16 pixels on
     a side or larger than 179 megapixels.
     """
-    with _opened(source) as found:
+    with opened(source) as found:
         found.load()
         return found, upright(found)
 
 
 def size_of(source: Source) -> tuple[int, int]:
     """Width and height as stored (before any turning), from the head of a file. Raises as :func:`read`."""
-    with _opened(source) as found:
+    with opened(source) as found:
         return found.size
 
 
 def upright(picture: Image.Image) -> Image.Image:
     """8-bit RGB, turned as its EXIF orientation says, transparency laid over white; always a copy.
 
-    16-bit grey keeps its range (divided by 257); CMYK and palettes are converted without colour profiles.
+    16-bit grey keeps its upper 8 bits, as Pillow reads 16-bit colours; CMYK is converted by its colour profile where it
+    has one.
     """
-    try:
-        picture = ImageOps.exif_transpose(picture)
-    except (OSError, ValueError, SyntaxError, TypeError, KeyError):  # the note is damaged, not the picture
-        picture = picture.copy()
+    picture = turned(picture)
+    if picture.mode == "CMYK" and picture.info.get("icc_profile"):
+        with suppress(ImageCms.PyCMSError, OSError):  # a damaged profile: as without
+            profile = io.BytesIO(picture.info["icc_profile"])
+            rgb = ImageCms.profileToProfile(picture, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            return rgb or picture.convert("RGB")  # it is None only of what is converted in place
     if picture.mode == "F":
         raise BadInput("got a picture of floating point numbers, allowed 8 or 16 bits a channel, try converting it")
     if picture.mode.startswith("I"):
         values = np.asarray(picture).astype(np.int64)
         wide = picture.mode != "I" or int(values.max()) > 255
-        grey = (values.clip(0, 65535) + 128) // 257 if wide else values.clip(0)
+        grey = values.clip(0, 65535) >> 8 if wide else values.clip(0)
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
     return picture.convert("RGB")
+
+
+def turned(picture: Image.Image) -> Image.Image:
+    """A copy, turned as the EXIF orientation says."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except (OSError, ValueError, SyntaxError, TypeError, KeyError):  # the note is damaged, not the picture
+        return picture.copy()
 
 
 def pixel_hash(picture: Image.Image) -> str:
@@ -87,9 +99,9 @@ def to_picture(x_13HW: Tensor) -> Image.Image:
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[Image.Image]:
+def opened(source: Source) -> Iterator[Image.Image]:
     """A picture of which only the head is read; whatever is wrong with it from here on is BadInput."""
-    name = "a picture" if isinstance(source, Image.Image) else repr(os.fspath(source))
+    name = "a picture" if isinstance(source, (Image.Image, io.BytesIO)) else repr(os.fspath(source))
     with warnings.catch_warnings():
         # Pillow warns of half of what is allowed here, and of damaged notes (EXIF) in undamaged pictures.
         warnings.simplefilter("ignore")

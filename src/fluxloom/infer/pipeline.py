@@ -1,10 +1,10 @@
-"""Request to results: encode, sample, decode, write the receipt. One path for drawing, editing and image to image."""
+"""Request to results: encode, sample, decode, finish, write the receipt. One path for drawing, editing and init."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from itertools import chain, islice
@@ -19,6 +19,7 @@ from fluxloom.core.solvers import SOLVERS
 from fluxloom.errors import BadInput
 from fluxloom.infer.batch import lockstep
 from fluxloom.infer.conditions import Conditioning, condition
+from fluxloom.infer.finish import Finisher, Maker, check, finish, inputs
 from fluxloom.infer.pictures import pixel_hash
 from fluxloom.infer.preview import Preview as Preview
 from fluxloom.infer.receipt import SCHEMA, Receipt, versions
@@ -32,6 +33,7 @@ class _Job:
     """A request made ready to be drawn."""
 
     request: Resolved
+    finishers: tuple[Finisher, ...]
     conditions: Conditioning
     notes: list[str]
     translations: dict[str, str]
@@ -49,21 +51,32 @@ class _Job:
 @dataclass(frozen=True)
 class Pipeline:
     """Runs requests on a runtime. Pictures of one request are drawn one after another: on a CPU a batch gains under
-    a tenth, and matrix products of another size round differently, so that a picture could not be replayed alone."""
+    a tenth, and matrix products of another size round differently, so that a picture could not be replayed alone.
+
+    makers  of the finishers that a receipt may name, for replay
+    """
 
     runtime: Runtime
+    makers: Mapping[str, Maker] = field(default_factory=dict)
 
-    def run(self, request: Request, observe: Callable[[Preview], None] | None = None) -> list[Result]:
+    def run(
+        self,
+        request: Request,
+        observe: Callable[[Preview], None] | None = None,
+        finishers: Sequence[Finisher] = (),
+    ) -> list[Result]:
         """All results of a request. ``observe`` sees every step; raising there ends the work."""
         results = []
-        for event in self.stream(request):
+        for event in self.stream(request, finishers):
             if isinstance(event, Result):
                 results.append(event)
             elif observe is not None:
                 observe(event)
         return results
 
-    def run_many(self, requests: Sequence[Request], batch: int = 1) -> Iterator[list[Result]]:
+    def run_many(
+        self, requests: Sequence[Request], batch: int = 1, finishers: Sequence[Finisher] = ()
+    ) -> Iterator[list[Result]]:
         """The results of each request in turn, drawn ``batch`` pictures at a time: what a GPU is quickest with.
 
         Batches of 1 give the very pictures of :meth:`run`; in larger ones rounding differs, and the receipt says so.
@@ -71,37 +84,39 @@ class Pipeline:
         """
         if batch < 1:
             raise BadInput(f"got batch {batch}, allowed 1 or more pictures, try 1")
-        return self._run_many([self._resolved(request) for request in requests], batch)
+        return self._run_many([self._resolved(request, finishers) for request in requests], batch, tuple(finishers))
 
-    def stream(self, request: Request) -> Iterator[Preview | Result]:
+    def stream(self, request: Request, finishers: Sequence[Finisher] = ()) -> Iterator[Preview | Result]:
         """Every step as it is reached, and each result when it is done. Closing the iterator ends the work.
 
         The request is checked at once, not at the first step; raises BadInput, and WeightsError for LoRAs that do not
-        fit.
+        fit. Each picture goes through the ``finishers`` before it is handed out.
         """
-        return self._stream(self._resolved(request))
+        return self._stream(self._resolved(request, finishers), tuple(finishers))
 
-    def _resolved(self, request: Request) -> Resolved:
+    def _resolved(self, request: Request, finishers: Sequence[Finisher]) -> Resolved:
         """A request checked with all that it needs: LoRAs that do not fit are found out here."""
         found = resolve(request, self.runtime.spec)
         for lora in found.loras:
             self.runtime.loras.read(lora)
+        check(found, finishers)
         return found
 
-    def _stream(self, request: Resolved) -> Iterator[Preview | Result]:
+    def _stream(self, request: Resolved, finishers: tuple[Finisher, ...]) -> Iterator[Preview | Result]:
         began = time.perf_counter()
-        runtime, job = self.runtime, self._job(request)
+        runtime, job = self.runtime, self._job(request, finishers)
         for index in range(request.n):
             for step in walk(job.trajectory(index, runtime.device), runtime.velocity):
                 x = step.x
                 yield Preview(index, request.n, step, job.hw, runtime, runtime.previewer)
-            image = runtime.decode(x, job.hw)
-            seconds = time.perf_counter() - began
-            yield Result(image, self._receipt(job, index, image, seconds))
+            yield self._result(job, index, runtime.decode(x, job.hw), began)
             began = time.perf_counter()
 
-    def _run_many(self, requests: list[Resolved], batch: int) -> Iterator[list[Result]]:
-        pieces = ((job, index) for job in map(self._job, requests) for index in range(job.request.n))
+    def _run_many(
+        self, requests: list[Resolved], batch: int, finishers: tuple[Finisher, ...]
+    ) -> Iterator[list[Result]]:
+        jobs = (self._job(request, finishers) for request in requests)
+        pieces = ((job, index) for job in jobs for index in range(job.request.n))
         batches = iter(lambda: list(islice(pieces, batch)), [])
         results = chain.from_iterable(map(self._together, batches))
         for request in requests:
@@ -116,13 +131,11 @@ class Pipeline:
             velocities = partial(self.runtime.velocities, together=loras)
             ends.update(zip(numbers, lockstep(runs, velocities), strict=True))
         images = [self.runtime.decode(ends[k], job.hw) for k, (job, _) in enumerate(pieces)]
-        seconds = (time.perf_counter() - began) / size
         return [
-            Result(image, self._receipt(job, index, image, seconds, size))
-            for image, (job, index) in zip(images, pieces, strict=True)
+            self._result(job, index, image, began, size) for image, (job, index) in zip(images, pieces, strict=True)
         ]
 
-    def _job(self, request: Resolved) -> _Job:
+    def _job(self, request: Resolved, finishers: tuple[Finisher, ...]) -> _Job:
         runtime = self.runtime
         notes = [
             *runtime.notes(request.prompt, prompt_t5=request.prompt_t5, text_length=request.text_length),
@@ -133,18 +146,22 @@ class Pipeline:
         texts = [text for text in (request.prompt, request.prompt_t5, request.negative) if text]
         read = {text: runtime.reader.translation(text) for text in texts}
         translations = {text: english for text, english in read.items() if english is not None}
-        return _Job(request, conditions, notes, translations, latent_hw(request.width, request.height))
+        return _Job(request, finishers, conditions, notes, translations, latent_hw(request.width, request.height))
 
-    def _receipt(self, job: _Job, index: int, image: Image.Image, seconds: float, batch: int = 1) -> Receipt:
+    def _result(self, job: _Job, index: int, drawn: Image.Image, began: float, batch: int = 1) -> Result:
+        """A decoded picture, finished, with its receipt."""
         spec, request = self.runtime.spec, job.request
-        return Receipt(
+        image, told = finish(drawn, request, job.finishers)
+        seconds = (time.perf_counter() - began) / batch
+        receipt = Receipt(
             {
                 "schema": SCHEMA,
                 "fluxloom": fluxloom.__version__,
                 "model": {"name": spec.name, "content": self.runtime.content},
                 "request": {**request.to_dict(), "index": index, "seed": request.seed + index},
-                "inputs": [found.to_dict() for found in request.inputs],
+                "inputs": [found.to_dict() for found in (*request.inputs, *inputs(job.finishers))],
                 "pixels": pixel_hash(image),
+                **({"finish": told} if told else {}),
                 "warnings": job.notes,
                 **({"translations": job.translations} if job.translations else {}),
                 "versions": versions(),
@@ -153,3 +170,4 @@ class Pipeline:
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
             }
         )
+        return Result(image, receipt)

@@ -8,8 +8,9 @@ A receipt (schema 1) is JSON:
     request     every field as it was resolved, with the ``index`` of this picture among n and its own ``seed``; its
                 ``loras`` are [{file, sha256, weight, blocks}], and of PEFT's folders the hash of their ``config``
     inputs      [{role, pixels, size, file, receipt}]: hash of the decoded pixels, file name as a hint, parent's id; of
-                a picture that stands for words also its ``weight``
-    pixels      hash of the picture as it was drawn, before a file format touched it
+                a picture that stands for words also its ``weight``; a finisher's own have its name as their role
+    pixels      hash of the picture as it was handed out, before a file format touched it
+    finish      [{name, settings, report}]: what was done to the picture after it was drawn, if anything
     warnings    what the user was told
     translations    {text: what was read in its place}, where a text was translated
     versions, machine    libraries; device, dtype, threads, processor, platform; ``batch``, how many pictures were
@@ -106,7 +107,7 @@ class Verdict:
     state: Literal["intact", "changed", "damaged", "none"]
     receipt: Receipt | None
     detail: str
-    quality: int | None = None
+    quality: files.Quality | None = None
 
 
 def verify(path: str | os.PathLike[str]) -> Verdict:
@@ -147,7 +148,9 @@ def examine(found: Image.Image, rgb: Image.Image) -> Verdict:
     return Verdict("intact", receipt, "receipt and pixels belong together", quality)
 
 
-def save(picture: Image.Image, path: str | os.PathLike[str], receipt: Receipt | None, quality: int | None) -> Path:
+def save(
+    picture: Image.Image, path: str | os.PathLike[str], receipt: Receipt | None, quality: files.Quality | None
+) -> Path:
     """Write a picture whole or not at all, with its receipt inside unless None.
 
     Raises ReceiptError where the picture is not the one that the receipt tells of.
@@ -166,7 +169,7 @@ def save(picture: Image.Image, path: str | os.PathLike[str], receipt: Receipt | 
 def versions() -> dict[str, str]:
     """Versions of what a picture's numbers go through."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "numpy", "pillow", "safetensors"):
+    for name in ("torch", "numpy", "pillow", "opencv-python-headless", "safetensors"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:  # a bundle without metadata

@@ -17,6 +17,7 @@ from PIL import Image
 from fluxloom.errors import BadInput, ReceiptError
 from fluxloom.infer import files, pictures
 from fluxloom.infer.control import SUFFIX
+from fluxloom.infer.finish import masks, remake
 from fluxloom.infer.loras import Lora, content_of, is_lora_folder
 from fluxloom.infer.pipeline import Pipeline, Preview
 from fluxloom.infer.receipt import Receipt, examine, intact
@@ -28,7 +29,9 @@ _SAME_NAME = (
     "text_length", "seed",
 )  # fmt: skip
 _ROLES = ("init", "mask", "control")  # of inputs that are fields of a request
-_SINCE = {"prompt_t5": None, "expand": None, "control_ready": False}  # fields that receipts of version 0.1.0 lack
+_REFERENCES = ("context", "image")  # of those that are references; all others are a finisher's
+# Fields that receipts of version 0.1.0 lack.
+_SINCE = {"prompt_t5": None, "expand": None, "control_ready": False, "written": None}
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,11 @@ def difference(first: Image.Image, second: Image.Image) -> tuple[int, float]:
     return int(np.abs(delta).max()), math.inf if mean == 0 else 10 * math.log10(255**2 / mean)
 
 
+def equal(first: Image.Image, second: Image.Image) -> float:
+    """Share of the values of two RGB pictures of one size that are the same."""
+    return float((np.asarray(first) == np.asarray(second)).mean())
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Wanted:
     """An entry of a receipt's inputs."""
@@ -134,17 +142,21 @@ def _redraw(
     except (KeyError, TypeError, ValueError) as error:
         raise ReceiptError(f"got a receipt without all its parts ({error}), allowed whole ones, try another") from error
     asked |= {field: was.get(field, default) for field, default in _SINCE.items()}
-    found = [(entry, _locate(pipeline, entry, candidates)) for entry in wanted]
+    told = receipt.data.get("finish", [])
+    sources = [*candidates, *(mask for entry in wanted if entry.role == "mask" for mask in masks(told, entry.size))]
+    found = [(entry, _locate(pipeline, entry, sources)) for entry in wanted]
     asked |= {entry.role: picture for entry, picture in found if entry.role in _ROLES}
     asked["references"] = tuple(
-        Reference(picture, entry.role, entry.weight) for entry, picture in found if entry.role not in _ROLES
+        Reference(picture, entry.role, entry.weight) for entry, picture in found if entry.role in _REFERENCES
     )
+    rest = [(entry.role, picture) for entry, picture in found if entry.role not in (*_ROLES, *_REFERENCES)]
+    finishers = remake(told, pipeline.makers, rest)
     if sum(reference.role == "context" for reference in asked["references"]) > 1:
         asked["positions"] = was.get("positions")
     for text, english in _translations(receipt).items():
         pipeline.runtime.reader.recall(text, english)
     with _threads(receipt.data["machine"].get("threads")):
-        return pipeline.run(Request(**asked), observe)[0]
+        return pipeline.run(Request(**asked), observe, finishers)[0]
 
 
 def _translations(receipt: Receipt) -> dict[str, str]:

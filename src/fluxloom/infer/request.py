@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,8 +23,9 @@ from fluxloom.infer.pictures import MAX_PIXELS, pixel_hash, read
 from fluxloom.infer.receipt import Receipt, examine
 from fluxloom.infer.receipt import save as save_picture
 from fluxloom.infer.sizes import allowed_size, working_size
+from fluxloom.infer.written import MAX_PROMPT
+from fluxloom.infer.written import Written as Written
 
-MAX_PROMPT = 2_000  # characters; the longest text length of the family (512 tokens) is under that
 MAX_STEPS = 1_000
 MAX_PICTURES = 1_000
 MAX_SCALE = 100.0  # of guidance and true CFG; trained and useful values are under 40
@@ -117,6 +118,7 @@ class Request:
     shift         whether times are shifted towards noise for larger pictures
     text_length   tokens of text given to the model
     seed          0 to 2**64 - 1; drawn and recorded where left out
+    written       how ``prompt`` came to be, for the receipt: :class:`Written`, or its JSON; changes no picture
     """
 
     prompt: str
@@ -142,6 +144,7 @@ class Request:
     shift: bool | None = None
     text_length: int | None = None
     seed: int | None = None
+    written: Written | Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +191,7 @@ class Resolved:
     shift: bool
     text_length: int
     seed: int
+    written: Written | None
 
     @property
     def first_step(self) -> int:
@@ -211,8 +215,9 @@ class Resolved:
         """The fields as a receipt records them; pictures are recorded beside."""
         found = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "inputs"}
         expand = None if self.expand is None else list(self.expand)
-        model = self.control_model and self.control_model.to_dict()
-        return {**found, "expand": expand, "control_model": model, "loras": [one.to_dict() for one in self.loras]}
+        model, written = (one and one.to_dict() for one in (self.control_model, self.written))
+        loras = [one.to_dict() for one in self.loras]
+        return {**found, "expand": expand, "control_model": model, "loras": loras, "written": written}
 
 
 def resolve(request: Request, spec: ModelSpec) -> Resolved:
@@ -248,6 +253,7 @@ def resolve(request: Request, spec: ModelSpec) -> Resolved:
         shift=flag("shift", either(request.shift, spec.shift)),
         text_length=_text_length(request.text_length, spec),
         seed=whole("seed", seed, 0, MAX_SEED - n + 1),
+        written=Written.of(request.written),
     )
 
 
@@ -375,11 +381,11 @@ def _inputs(request: Request) -> tuple[Input, ...]:
     if len(request.references) > MAX_REFERENCES:
         got = len(request.references)
         raise BadInput(f"got {got} references, allowed {MAX_REFERENCES}, try the {MAX_REFERENCES} that matter most")
-    found = [_input(item.image, item.role, _weight(item)) for item in request.references]
+    found = [input_of(item.image, item.role, _weight(item)) for item in request.references]
     for role in ("init", "mask", "control"):
         picture = getattr(request, role)
         if picture is not None:
-            found.append(_input(picture, role))
+            found.append(input_of(picture, role))
     if request.mask is not None:
         _check_mask(request, found)
     return tuple(found)
@@ -446,7 +452,8 @@ def _control_model(request: Request, spec: ModelSpec) -> DepthModel | None:
     return DepthModel.of(request.control_model)
 
 
-def _input(picture: Picture, role: str, weight: float = 1.0) -> Input:
+def input_of(picture: Picture, role: str, weight: float = 1.0) -> Input:
+    """A picture decoded and hashed, with the receipt that it carries."""
     if isinstance(picture, Result):
         rgb, pixels = picture.image, pixel_hash(picture.image)
         parent = picture.receipt if pixels == picture.receipt.pixels else None  # its image may have been drawn on

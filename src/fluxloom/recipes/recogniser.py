@@ -223,8 +223,8 @@ def fit(
 
 
 def export(state: dict[str, Tensor], run: RecogniserRun, folder: Path) -> None:
-    """Weights in 8 bits and the card: every word the recogniser knows, its sizes, and no calibration yet."""
-    save_compact(state, folder, default="int8")
+    """Weights in 6 bits and the card: every word the recogniser knows, its sizes, and no calibration yet."""
+    save_compact(state, folder, default="int6")
     sizes = {key: value for key, value in asdict(run.spec).items() if key in ("widths", "depths", "pooled", "letters")}
     card = {
         "recipe": "fluxloom.recipes.recogniser",
