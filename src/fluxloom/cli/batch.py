@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fluxloom.cli import drawing, interrupts, options
-from fluxloom.cli.lora import weighted
 from fluxloom.cli.output import plain, print_json
 from fluxloom.cli.progress import Watch
 from fluxloom.errors import BadInput
@@ -31,12 +30,8 @@ def batch(
     instruction: Annotated[
         str | None, typer.Argument(help="What to change, in English or Chinese.", show_default=False)
     ] = None,
-    template: Annotated[
-        str | None, typer.Option("--template", metavar="NAME", help="An instruction of `fluxloom templates`.")
-    ] = None,
-    slot: Annotated[
-        list[str] | None, typer.Option("--slot", metavar="NAME=VALUE", help="What fills the template; repeatable.")
-    ] = None,
+    template: options.Template = None,
+    slot: options.Slots = None,
     workflow: Annotated[
         Path | None, typer.Option("--workflow", metavar="FILE", help="Steps in TOML, instead of one instruction.")
     ] = None,
@@ -73,8 +68,7 @@ def batch(
     if workflow is not None and (instruction or template or slot or asked or lora or lock != "auto"):
         raise BadInput("got --workflow beside an instruction or settings, allowed one of the two, try them in the file")
     with Watch(f"loading {model}", quiet=quiet) as watch:
-        more = {name: given[name] for name in ("variant", "base", "offline")}
-        loom = drawing.load(model, device, threads, dtype, progress=watch.part, **more)
+        loom = drawing.loaded(given, watch)
         from fluxloom.edit.batch import Batch, tasks
         from fluxloom.edit.workflow import load
 
@@ -96,9 +90,8 @@ def _edit(given: dict[str, Any], asked: dict[str, Any]) -> Step:
     """The one step that the options ask for."""
     from fluxloom.edit.templates import compose
     from fluxloom.edit.workflow import Edit, lock_of
-    from fluxloom.infer.loras import Lora
 
-    loras = {"loras": tuple(Lora(*weighted(word)) for word in given["lora"])} if given["lora"] else {}
+    loras = {"loras": drawing.loras(given["lora"])} if given["lora"] else {}
     edit = Edit(None, {**asked, **loras}, lock_of(given["lock"]))
     if given["instruction"] is None and given["template"] is None and not given["slot"]:
         return edit  # a list may say it

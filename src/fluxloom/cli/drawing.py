@@ -18,6 +18,7 @@ from fluxloom.errors import BadInput, Failure
 if TYPE_CHECKING:
     from fluxloom.api import Loom
     from fluxloom.infer.finish import Finisher
+    from fluxloom.infer.loras import Lora
     from fluxloom.infer.preview import Preview
     from fluxloom.infer.request import Request, Result
     from fluxloom.infer.written import Written
@@ -42,6 +43,19 @@ def load(model: str, device: str = "cpu", threads: int | None = None, dtype: str
             raise BadInput(f"got --threads {threads}, allowed 1 to {MAX_THREADS}, try {torch.get_num_threads()}")
         torch.set_num_threads(threads)
     return load_model(model, device, dtype, **more)
+
+
+def loaded(given: Mapping[str, Any], watch: Watch) -> Loom:
+    """The model that the options of a command ask for, ``given`` by name."""
+    more = {name: given[name] for name in ("variant", "base", "offline", "preview_decoder") if name in given}
+    return load(given["model"], given["device"], given["threads"], given["dtype"], progress=watch.part, **more)
+
+
+def loras(words: Sequence[str] | None) -> tuple[Lora, ...]:
+    """What ``--lora FILE[:WEIGHT]`` says, each time it was given."""
+    from fluxloom.infer.loras import Lora
+
+    return tuple(Lora(*weighted(word)) for word in words or ())
 
 
 def size_fields(size: str | None) -> dict[str, int]:
@@ -87,15 +101,13 @@ def draw(
     glances = given["preview"] or given["preview_decoder"] is not None
     done = []
     with Watch(f"loading {given['model']}", quiet=given["quiet"], preview=glances) as watch:
-        more = {name: given[name] for name in ("variant", "base", "offline", "preview_decoder")}
-        loom = load(given["model"], given["device"], given["threads"], given["dtype"], progress=watch.part, **more)
+        loom = loaded(given, watch)
         from fluxloom.api import within
-        from fluxloom.infer.loras import Lora
         from fluxloom.infer.request import Reference, Request, Result
 
         asked = {name: given[name] for name in _names(Request) if name in given} | own
         asked["references"] = tuple(Reference(path, role) for path, role in pictures)
-        asked["loras"] = tuple(Lora(*weighted(word)) for word in given["lora"] or ())
+        asked["loras"] = loras(given["lora"])
         inside, finishers = within(picture, given["lock"], given["mask"], box) if picture else ({}, ())
         request = Request(**{**asked, **inside})
         # Raises BadInput before anything is drawn.

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fluxloom.cli import drawing, interrupts, options
-from fluxloom.cli.lora import weighted
 from fluxloom.cli.output import plain, print_facts, print_json, print_table
 from fluxloom.cli.progress import Watch
 from fluxloom.errors import BadInput
@@ -328,12 +327,13 @@ def replay(
                 looms[name] = drawing.load(name, device, None, dtype, **more)
             return looms[name].replay(path, given, watch.step)
 
+        nodes = found.log()
         for row in replay_session(found, again, node, inputs or ()):
             rows.append(row)
             if not json:
                 far = "" if row.psnr is None else f"  largest difference {row.max_difference}, {row.psnr:.1f} dB"
                 why = "" if not row.causes else f"  ({plain('; '.join(row.causes))})"
-                print(f"{_short(row.node.id, found.log())}  {row.verdict}{far}{why}", flush=True)
+                print(f"{_short(row.node.id, nodes)}  {row.verdict}{far}{why}", flush=True)
     same = all(row.verdict in ("given", "bit-exact") for row in rows)
     if json:
         print_json({"nodes": [row.to_dict() for row in rows], "bit_exact": same})
@@ -369,9 +369,7 @@ def _open(folder: Path) -> Session:
 def _ready(given: Mapping[str, Any], watch: Watch, verb: str) -> tuple[Callable[..., Result], dict[str, Any]]:
     """What draws a prompt, watched, and the fields of the request that the options ask for."""
     fields = {**drawing.size_fields(given["size"]), **{name: given[name] for name in _FIELDS}}
-    more = {name: given[name] for name in ("variant", "base", "offline")}
-    loom = drawing.load(given["model"], given["device"], given["threads"], given["dtype"], progress=watch.part, **more)
-    from fluxloom.infer.loras import Lora
+    loom = drawing.loaded(given, watch)
     from fluxloom.infer.request import Request
 
     watch.what = verb
@@ -380,7 +378,7 @@ def _ready(given: Mapping[str, Any], watch: Watch, verb: str) -> tuple[Callable[
     def draw(prompt: str, finishers: Sequence[Finisher] = (), **asked: Any) -> Result:
         return loom.run(Request(prompt=prompt, **asked), watch.step, finishers)[0]
 
-    return draw, {**fields, "loras": tuple(Lora(*weighted(word)) for word in given["lora"] or ())}
+    return draw, {**fields, "loras": drawing.loras(given["lora"])}
 
 
 def _edit(draw: Callable[..., Result], picture: Any, instruction: str, **fields: Any) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import Any, Protocol
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,6 +19,7 @@ from fluxloom.evals.cases import SIZE, Case, Part, Truth, case_of
 from fluxloom.infer.pipeline import Pipeline
 from fluxloom.infer.request import Reference, Request
 from fluxloom.infer.runtime import Runtime
+from fluxloom.measure.pixels import psnr
 from fluxloom.measure.recogniser import Reading
 
 # Whose pictures are read: the model's; the ceiling; the ceiling of anything that comes out of this autoencoder. Of an
@@ -26,7 +27,7 @@ from fluxloom.measure.recogniser import Reading
 PAINTERS = ("model", "true", "round trip")
 UNTOUCHED = "source"
 MOSTLY_CHANGED = 0.6  # share of changed pixels from which on there is too little left to preserve
-_LEAST_ERROR = 1e-4  # mean square, of 8-bit values: equal pixels count as 88 dB, not as infinitely many
+_MOST = 10 * math.log10(255**2 / 1e-4)  # dB: equal pixels count as 88, not as infinitely many
 
 
 class Reader(Protocol):
@@ -156,12 +157,9 @@ def preserved(truth: Truth, drawn: Image.Image, trip: Image.Image) -> Kept | Non
     """How well the pixels that the edit does not touch were kept; None where they are fewer than two of five."""
     if truth.change is None or truth.change.mean() >= MOSTLY_CHANGED:
         return None
-    return Kept(*(_psnr(picture, truth.target, ~truth.change) for picture in (drawn, trip)))
-
-
-def _psnr(picture: Image.Image, target: Image.Image, where: NDArray[np.bool_]) -> float:
-    difference = np.asarray(picture)[where].astype(np.float64) - np.asarray(target)[where]
-    return float(10 * np.log10(255**2 / max(float(np.square(difference).mean()), _LEAST_ERROR)))
+    return Kept(
+        *(min(psnr(np.asarray(picture), np.asarray(truth.target), ~truth.change), _MOST) for picture in (drawn, trip))
+    )
 
 
 def partners(outcomes: Sequence[Outcome]) -> list[Case | None]:

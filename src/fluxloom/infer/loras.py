@@ -27,7 +27,7 @@ from fluxloom.infer.checks import number
 from fluxloom.weights.load import digest
 from fluxloom.weights.lora import Blocks, Weighted, tensor_shapes
 from fluxloom.weights.lora import Lora as Read
-from fluxloom.weights.lora_file import CONFIG, NAMES, load_lora
+from fluxloom.weights.lora_file import CONFIG, NAMES, held, load_lora
 
 MAX_LORAS = 16
 MAX_LORA_WEIGHT = 100.0  # useful ones are under 2
@@ -98,7 +98,7 @@ def content_of(path: Path) -> tuple[str, str | None]:
 
     Raises BadInput where there is no file, or none that can be read.
     """
-    file = _held(path) if path.is_dir() else path
+    file = held(path) if path.is_dir() else path
     if file is None or not file.is_file():
         what = "a folder without a LoRA" if file is None else "which is not there"
         raise BadInput(
@@ -120,11 +120,7 @@ def lora_weight(value: object) -> float:
 
 def is_lora_folder(path: Path) -> bool:
     """Whether a path is a folder as PEFT and diffusers save a LoRA."""
-    return path.is_dir() and _held(path) is not None
-
-
-def _held(folder: Path) -> Path | None:
-    return next((folder / name for name in NAMES if (folder / name).is_file()), None)
+    return path.is_dir() and held(path) is not None
 
 
 def _resolved(one: object, spec: ModelSpec) -> ResolvedLora:

@@ -45,6 +45,11 @@ _KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
 Updates = Mapping[str, list[tuple[Update, float]]]
 
 
+def held(folder: Path) -> Path | None:
+    """The LoRA in a folder as PEFT and diffusers save it."""
+    return next((folder / name for name in NAMES if (folder / name).is_file()), None)
+
+
 def open_lora(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a LoRA: a .safetensors file, or a folder as PEFT and diffusers save it, whose
     adapter_config.json becomes metadata ``lora_adapter_metadata``.
@@ -53,7 +58,7 @@ def open_lora(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     path = Path(path)
     folder = path if path.is_dir() else None
-    file = next((path / name for name in NAMES if (path / name).is_file()), None) if folder else path
+    file = held(folder) if folder else path
     if file is None:
         raise BadInput(f"got {path}, a folder without a LoRA, allowed {' or '.join(NAMES)} in it, try the file itself")
     if not file.is_file():
@@ -188,7 +193,7 @@ def _merge_file(base: Base, wanted: Updates, columns: int, told: list[dict[str, 
 
 def lora_digest(path: Path) -> str:
     """sha256 of a LoRA's file, for receipts."""
-    return digest(next((path / name for name in NAMES if (path / name).is_file()), path) if path.is_dir() else path)
+    return digest((held(path) or path) if path.is_dir() else path)
 
 
 def _named(path: Path) -> Path:
