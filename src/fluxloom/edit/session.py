@@ -174,12 +174,13 @@ class Session:
         return found[::-1]
 
     def find(self, picture: Picture) -> Node | None:
-        """The latest node with the pixels of a picture; or with its receipt, should it be a lossy copy."""
+        """The latest node with the pixels and the receipt of a picture; else with its pixels, as an edit that changed
+        nothing has those of its source; else with its receipt, should it be a lossy copy."""
         own = _Kept.of(picture)
-        nodes = self.log()[::-1]
-        same = [node for node in nodes if node.pixels == own.pixels]
-        same += [node for node in nodes if own.receipt and node.receipt == own.receipt.id]
-        return same[0] if same else None
+        receipt = own.receipt.id if own.receipt else ""
+        found = [((node.pixels == own.pixels, node.receipt == receipt), node) for node in self.log()[::-1]]
+        alike, node = max(found, key=lambda one: one[0], default=((False,), None))
+        return node if any(alike) else None
 
     def compare(self, first: str, second: str) -> dict[str, Any]:
         """Two nodes: where their ways part, what was asked on each, and how far apart the pictures are."""

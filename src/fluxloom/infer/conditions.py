@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fluxloom.core import flow, shapes
+from fluxloom.core.solvers import SOLVERS
 from fluxloom.core.specs import ModelSpec
 from fluxloom.core.text import TextStates
 from fluxloom.infer import canvas
@@ -41,6 +42,7 @@ class Row:
     guidance the embedded guidance value, or None where the model has none
     channels [1, L, C'] that stand beside x's channels at every step, or None
     loras    that act on the model, as facts: whoever evaluates has their tensors
+    times    at which velocities will be asked for, as far as the solver tells
     """
 
     text: TextStates
@@ -49,6 +51,7 @@ class Row:
     guidance: float | None
     channels: Tensor | None = None
     loras: tuple[ResolvedLora, ...] = ()
+    times: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,11 +133,16 @@ def condition(request: Resolved, spec: ModelSpec, read: Read, encode: Encode, se
         texts.append(read(request.negative, text_length=request.text_length))
     seen = _seen(request, see)
     tokens = shapes.token_count(request.width, request.height) if request.shift else None
+    times = tuple(flow.schedule(request.steps, tokens)[request.first_step :])
+    foresee = SOLVERS[request.solver].evaluations
+    asked = tuple(foresee(times)) if foresee is not None else ()
     # A Fill model is told its picture by channels; it starts from it only where a strength says so.
     started = laid is not None and (not fills or request.strength is not None)
     return Conditioning(
-        rows=tuple(Row(_after(text, seen), ids, context, request.guidance, channels, request.loras) for text in texts),
-        times=tuple(flow.schedule(request.steps, tokens)[request.first_step :]),
+        rows=tuple(
+            Row(_after(text, seen), ids, context, request.guidance, channels, request.loras, asked) for text in texts
+        ),
+        times=times,
         shape=(spec.autoencoder.z_channels, *hw),
         seed=request.seed,
         init=encode(laid.picture) if laid is not None and started else None,

@@ -237,6 +237,11 @@ class Rack:
             device = next(self.transformer.parameters()).device
             self._attached.share(torch.tensor(shares, device=device) if mixed else None)
 
+    @property
+    def hanging(self) -> Set:
+        """What acts on the transformer from here on."""
+        return self._hanging
+
     def clear(self) -> None:
         """Take everything off the transformer."""
         if self._attached is not None:

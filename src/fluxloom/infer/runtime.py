@@ -22,11 +22,14 @@ from fluxloom.core.transformer import Transformer
 from fluxloom.errors import Failure, WeightsError
 from fluxloom.infer import pictures
 from fluxloom.infer.conditions import Row
+from fluxloom.infer.executor import Executor, Given, Plain
 from fluxloom.infer.loras import Rack, ResolvedLora
 from fluxloom.infer.reading import OwnTower, Reader
 from fluxloom.infer.receipt import processor, system
 from fluxloom.infer.sample import Evaluate
 from fluxloom.weights.load import VOCABULARY, build, load_folder, part, verified
+
+_LATELY = 8  # requests of different sizes that are drawn in step: each finds what it gave before
 
 
 @dataclass
@@ -43,9 +46,12 @@ class Runtime:
     dtype: torch.dtype = torch.float32
     redux: Redux | None = None
     previewer: TinyDecoder | None = None
+    executor: Executor = field(init=False, repr=False)
     loras: Rack = field(init=False, repr=False)
+    _lately: dict[Any, Given] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.executor = Plain(self.transformer)
         self.loras = Rack(self.transformer, self.spec)
         self.transformer.to(self.device, self.dtype)
         self.autoencoder.to(self.device)
@@ -123,33 +129,45 @@ class Runtime:
         """
         parts = [(event, row) for event in asked for row in event.rows]
         batch, length = asked[0].x.shape[:2]
-        size = batch * len(parts)
-        self.loras.hang([row.loras for _, row in parts for _ in range(batch)], together)
-
-        def spread(tensors: list[Tensor]) -> Tensor:
-            """[1, ...] of each row to [rows * B, ...]."""
-            return torch.cat([one.to(self.device).expand(batch, *one.shape[1:]) for one in tensors])
-
+        rows = tuple(row for _, row in parts)
+        self.loras.hang([row.loras for row in rows for _ in range(batch)], together)
         img = torch.cat([event.x.to(self.dtype) for event, _ in parts])
-        channels = [row.channels.to(self.dtype) for _, row in parts if row.channels is not None]
+        channels = [row.channels for row in rows if row.channels is not None]
         if channels:
-            img = torch.cat((img, spread(channels)), dim=-1)
-        contexts = [row.context.to(self.dtype) for _, row in parts if row.context is not None]
+            img = torch.cat((img, self._spread(channels, batch).to(self.dtype)), dim=-1)
+        contexts = [row.context for row in rows if row.context is not None]
         if contexts:
-            img = torch.cat((img, spread(contexts)), dim=1)
-        txt = spread([row.text.tokens for _, row in parts])
-        guidance = [row.guidance for _, row in parts if row.guidance is not None]
-        v: Tensor = self.transformer(
-            img,
-            spread([row.ids[None] for _, row in parts]),
-            txt,
-            shapes.text_ids(txt.shape[1]).to(self.device).expand(size, -1, -1),
-            torch.tensor([event.t for event, _ in parts], device=self.device).repeat_interleave(batch),
-            spread([row.text.pooled for _, row in parts]),
-            torch.tensor(guidance, device=self.device).repeat_interleave(batch) if guidance else None,
-        )
+            img = torch.cat((img, self._spread(contexts, batch).to(self.dtype)), dim=1)
+        times = [event.t for event, _ in parts for _ in range(batch)]
+        v = self.executor(img, times, self._given(rows, batch, length))
         answers = iter(torch.split(v[:, :length].to(asked[0].x.dtype), batch))
         return [tuple(islice(answers, len(event.rows))) for event in asked]
+
+    def _given(self, rows: tuple[Row, ...], batch: int, targets: int) -> Given:
+        """What rows say, for a whole batch; of the same rows, the same object as before."""
+        key = (rows, batch, self.loras.hanging)
+        given = self._lately.pop(key, None)
+        if given is None:
+            txt = self._spread([row.text.tokens for row in rows], batch)
+            guidance = [row.guidance for row in rows for _ in range(batch) if row.guidance is not None]
+            given = Given(
+                txt=txt,
+                txt_ids=shapes.text_ids(txt.shape[1]).to(self.device).expand(len(txt), -1, -1),
+                img_ids=self._spread([row.ids[None] for row in rows], batch),
+                pooled=self._spread([row.text.pooled for row in rows], batch),
+                guidance=tuple(guidance) or None,
+                targets=targets,
+                times=tuple(dict.fromkeys(t for row in rows for t in row.times)),
+                adapted=bool(self.loras.hanging),
+            )
+        self._lately[key] = given  # the last asked for comes last
+        while len(self._lately) > _LATELY:
+            del self._lately[next(iter(self._lately))]
+        return given
+
+    def _spread(self, tensors: list[Tensor], batch: int) -> Tensor:
+        """[1, ...] of each row to [rows * B, ...], on the device."""
+        return torch.cat([one.to(self.device).expand(batch, *one.shape[1:]) for one in tensors])
 
     def machine(self) -> dict[str, Any]:
         """Where and how this runtime computes, for receipts."""
@@ -157,6 +175,7 @@ class Runtime:
         return {
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "executor": self.executor.name,
             "threads": torch.get_num_threads(),
             "processor": torch.cuda.get_device_name(self.device) if on_gpu else processor(),
             "system": system(),

@@ -48,7 +48,8 @@ def save_compact(
     for key in sorted(state):
         form = _format_of(key, state[key], default, overrides or {})
         try:
-            stored = _on_disk(key, quantise(state[key].detach().cpu(), form), state)
+            made = quantise(state[key].detach().cpu(), form)
+            stored = _on_disk(key, made, state)
         except WeightsError as error:
             raise WeightsError(f"{key}: {error}") from None
         size = sum(tensor.nbytes for tensor in stored.values())
@@ -57,7 +58,8 @@ def save_compact(
             used = 0
         tensors, table = shards[-1]
         tensors.update(stored)
-        table[key] = {"format": form, "shape": list(state[key].shape)}
+        ladder = {"ladder": made["ladder"].tolist()} if "ladder" in made else {}
+        table[key] = {"format": form, "shape": list(state[key].shape), **ladder}
         used += size
     return _write_shards(shards, folder)
 
@@ -79,6 +81,8 @@ def load_compact(files: Iterable[Path | str], dtype: torch.dtype = torch.float32
                     stored = {"codes": file.get_tensor(key)}
                     if row["format"] in LIMITS:
                         stored["scale"] = file.get_tensor(f"{key}.scale")
+                    if "ladder" in row:
+                        stored["ladder"] = torch.tensor(row["ladder"])
                     state[key] = dequantise(stored, row["shape"], dtype)
         except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise WeightsError(f"got unreadable weights {path} ({error}), try fetching the file anew") from error

@@ -10,7 +10,7 @@ GGUF block types, decoded by the ``gguf`` package (150 to 350 million weights a 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -328,21 +328,23 @@ def _compact(raws: Mapping[str, Raw], metadata: Mapping[str, str]) -> dict[str, 
         raise WeightsError("got a fluxloom header of another kind, allowed schema 1, try a newer fluxloom")
     entries, used = {}, set()
     for name, row in rows.items():
-        form, shape = (row.get("format"), row.get("shape")) if isinstance(row, dict) else (None, None)
+        row = row if isinstance(row, dict) else {}
+        form, shape, ladder = (row.get(fact) for fact in ("format", "shape", "ladder"))
         names = [name, f"{name}.scale"][: 1 + (form in LIMITS)]
         sound = isinstance(form, str) and _is_shape(shape) and all(part in raws for part in names)
         if not sound or not isinstance(shape, list):
             raise WeightsError(f"got a fluxloom header that does not fit its file at {name}, try fetching it anew")
         parts = {key: raws[part] for key, part in zip(("codes", "scale"), names, strict=False)}
         size = sum(part.nbytes for part in parts.values())
-        entries[name] = Entry(tuple(shape), str(form), size, partial(_read_compact, parts, tuple(shape)))
+        entries[name] = Entry(tuple(shape), str(form), size, partial(_read_compact, parts, tuple(shape), ladder))
         used |= set(names)
     rest = {name: raw for name, raw in raws.items() if name not in used}
     return entries | {n: Entry(raw.shape, KINDS[raw.kind].storage, raw.nbytes, raw.tensor) for n, raw in rest.items()}
 
 
-def _read_compact(parts: Parts, shape: tuple[int, ...]) -> Tensor:
+def _read_compact(parts: Parts, shape: tuple[int, ...], ladder: Sequence[float] | None) -> Tensor:
     stored = {name: part.tensor() for name, part in parts.items()}
+    stored |= {} if ladder is None else {"ladder": torch.tensor(ladder)}
     codes = stored["codes"]
     return dequantise(stored, shape, codes.dtype if codes.is_floating_point() else torch.float32)
 
