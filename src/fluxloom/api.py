@@ -21,6 +21,7 @@ from fluxloom.infer.preview import Preview, load_decoder
 from fluxloom.infer.replay import Replay, replay
 from fluxloom.infer.request import Picture, PromptWarning, Reference, Request, Result
 from fluxloom.infer.runtime import Runtime
+from fluxloom.speed.recipe import Recipe, apply
 from fluxloom.weights.load import ASSETS, CARD, read_card
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -38,6 +39,9 @@ def load(
     token: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     preview_decoder: str | os.PathLike[str] | None = None,
+    executor: str = "auto",
+    linears: str | None = None,
+    attention: str = "auto",
 ) -> Loom:
     """Load a model.
 
@@ -51,6 +55,8 @@ def load(
     base       of an adapter (a control LoRA, Redux): a reference to the whole model that it is added to, instead of its
                publisher's
     preview_decoder    TAEF1, for sharp glances at members with the latents of FLUX.1: see :class:`Preview`
+    executor, linears, attention    how it computes: see :class:`fluxloom.speed.recipe.Recipe`. ``linears="fp8"`` is
+               faster and takes half the memory, and changes pictures a little (docs/performance.md)
     revision, offline, token, progress    of what comes from a hub: see :func:`fluxloom.weights.hub.resolve`;
                ``progress`` also counts the tensors of each component as they are loaded
 
@@ -58,6 +64,7 @@ def load(
     missing, damaged or do not fit, and Failure where a hub cannot be reached or refuses.
     """
     where = _device(device)
+    recipe = Recipe(executor, linears, attention)
     name = dtype or ("float32" if where.type == "cpu" else "bfloat16")
     if name not in _DTYPES:
         raise BadInput(f"got dtype {dtype!r}, allowed {', '.join(_DTYPES)}, try float32")
@@ -67,9 +74,8 @@ def load(
     if own is not None:
         if base is not None:
             raise BadInput(f"got base {os.fspath(base)} for {own[0].name}, allowed for adapters, try without it")
-        return Loom(Pipeline(Runtime.from_folder(own[1], own[0], where, _DTYPES[name]), MAKERS)).previewed(
-            preview_decoder
-        )
+        runtime = Runtime.from_folder(own[1], own[0], where, _DTYPES[name])
+        return _ready(runtime, recipe, preview_decoder)
     from fluxloom.infer.assemble import assemble
     from fluxloom.weights.hub import resolve
     from fluxloom.weights.tiny import load_tiny_decoder
@@ -79,7 +85,7 @@ def load(
     located = resolve(
         reference, revision=revision, offline=offline, token=token, variant=variant, progress=progress, base=base
     )
-    return Loom(Pipeline(assemble(located, where, _DTYPES[name], variant, progress), MAKERS)).previewed(preview_decoder)
+    return _ready(assemble(located, where, _DTYPES[name], variant, progress), recipe, preview_decoder)
 
 
 class Loom:
@@ -213,6 +219,12 @@ def _own(reference: str | os.PathLike[str]) -> tuple[ModelSpec, Path] | None:
     if name not in MODELS:
         raise UnknownModel(f"got a card of model {name!r} in {folder}, allowed {', '.join(MODELS)}, try nano")
     return MODELS[name], folder
+
+
+def _ready(runtime: Runtime, recipe: Recipe, preview_decoder: str | os.PathLike[str] | None) -> Loom:
+    """A loaded model, computing as a recipe says."""
+    apply(runtime, recipe)
+    return Loom(Pipeline(runtime, MAKERS)).previewed(preview_decoder)
 
 
 def _device(name: str) -> torch.device:

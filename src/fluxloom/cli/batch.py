@@ -59,6 +59,9 @@ def batch(
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     threads: options.Threads = None,
+    executor: options.Executor = "auto",
+    linears: options.Linears = None,
+    attention: options.Attention = "auto",
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:

@@ -47,7 +47,8 @@ def load(model: str, device: str = "cpu", threads: int | None = None, dtype: str
 
 def loaded(given: Mapping[str, Any], watch: Watch) -> Loom:
     """The model that the options of a command ask for, ``given`` by name."""
-    more = {name: given[name] for name in ("variant", "base", "offline", "preview_decoder") if name in given}
+    names = ("variant", "base", "offline", "preview_decoder", "executor", "linears", "attention")
+    more = {name: given[name] for name in names if name in given}
     return load(given["model"], given["device"], given["threads"], given["dtype"], progress=watch.part, **more)
 
 

@@ -12,6 +12,10 @@ def _drawing(*flags: str, help: str, **more: Any) -> Any:
     return typer.Option(*flags, help=help, rich_help_panel="What the model does", **more)
 
 
+def _computing(*flags: str, help: str, **more: Any) -> Any:
+    return typer.Option(*flags, help=help, rich_help_panel="How it computes", **more)
+
+
 def _output(*flags: str, help: str, **more: Any) -> Any:
     return typer.Option(*flags, help=help, rich_help_panel="Where it goes", **more)
 
@@ -82,11 +86,20 @@ Loras = Annotated[
 References = Annotated[
     list[Path] | None, _drawing("--reference", help="A further picture that the edit takes from; repeatable.")
 ]
-Device = Annotated[str, _drawing("--device", help="cpu, cuda or auto.")]
+Device = Annotated[str, _computing("--device", help="cpu, cuda or auto.")]
 Dtype = Annotated[
-    str | None, _drawing("--dtype", help="float32 or bfloat16; default: float32 on a processor, bfloat16 on a GPU.")
+    str | None, _computing("--dtype", help="float32 or bfloat16; default: float32 on a processor, bfloat16 on a GPU.")
 ]
-Threads = Annotated[int | None, _drawing("--threads", help="Threads of the processor; default: one a core.")]
+Executor = Annotated[
+    str, _computing("--executor", help="auto, plain, fused or captured (CUDA graphs): the same numbers up to rounding.")
+]
+Linears = Annotated[
+    str | None, _computing("--linears", help="fp8 or int8: matrix products in 8 bits; faster, half the memory, lossy.")
+]
+Attention = Annotated[
+    str, _computing("--attention", help="auto, cudnn, fa3, flash, efficient, torch, math or fa3-fp8 (lossy).")
+]
+Threads = Annotated[int | None, _computing("--threads", help="Threads of the processor; default: one a core.")]
 Out = Annotated[
     Path | None,
     _output("--out", "-o", help="File (.png, .jpg, .webp) or folder; default: here, named after prompt and seed."),

@@ -86,6 +86,9 @@ def generate(
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     threads: options.Threads = None,
+    executor: options.Executor = "auto",
+    linears: options.Linears = None,
+    attention: options.Attention = "auto",
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
@@ -125,6 +128,9 @@ def edit(
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     threads: options.Threads = None,
+    executor: options.Executor = "auto",
+    linears: options.Linears = None,
+    attention: options.Attention = "auto",
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:

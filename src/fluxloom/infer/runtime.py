@@ -176,6 +176,7 @@ class Runtime:
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "executor": self.executor.name,
+            **({"lossy": True} if self.executor.lossy else {}),
             "threads": torch.get_num_threads(),
             "processor": torch.cuda.get_device_name(self.device) if on_gpu else processor(),
             "system": system(),

@@ -1,0 +1,83 @@
+"""From words to an executor: how a loaded model is to compute, chosen for the machine that it lies on."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from fluxloom.errors import BadInput
+from fluxloom.infer.executor import Executor, Plain
+from fluxloom.infer.runtime import Runtime
+
+
+class SpeedWarning(UserWarning):
+    """Something is computed in another way than was asked for, as this machine cannot do it so."""
+
+
+EXECUTORS = ("auto", "plain", "fused", "captured")
+LINEARS = ("fp8", "int8")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to compute.
+
+    executor   ``plain``: core's own forward pass; ``fused``: the fused sequence; ``captured``: that in CUDA graphs;
+               ``auto``: captured on a GPU, plain on a processor
+    linears    ``fp8`` or ``int8``: the products of the blocks in 8 bits (lossy); None: as the weights are
+    attention  a name of :data:`attention.BACKENDS`, or ``auto``
+    """
+
+    executor: str = "auto"
+    linears: str | None = None
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.executor not in EXECUTORS:
+            raise BadInput(f"got executor {self.executor!r}, allowed {', '.join(EXECUTORS)}, try auto")
+        if self.linears is not None and self.linears not in LINEARS:
+            raise BadInput(f"got linears {self.linears!r}, allowed {', '.join(LINEARS)}, try leaving it out")
+        if self.executor == "plain" and self.attention != "auto":
+            raise BadInput(f"got attention {self.attention!r} with executor 'plain', which has its own, try fused")
+
+
+def apply(runtime: Runtime, recipe: Recipe) -> None:
+    """Let a runtime compute as a recipe says.
+
+    8-bit linears exchange weights, which only loading anew undoes; all else is undone by another recipe. Raises
+    BadInput for what this machine cannot do.
+    """
+    if recipe.linears is not None:
+        from fluxloom.speed.linear8 import quantise, supported
+
+        form, why = supported(recipe.linears, runtime.device)
+        if why:
+            warnings.warn(why, SpeedWarning, stacklevel=2)
+        quantise(runtime.transformer, form)
+    runtime.executor = _executor(runtime, recipe)
+    if runtime.device.type == "cuda" and runtime.dtype == torch.bfloat16 and recipe.executor != "plain":
+        from fluxloom.speed import pictures
+
+        pictures.apply(runtime.autoencoder)
+
+
+def _executor(runtime: Runtime, recipe: Recipe) -> Executor:
+    gpu = runtime.device.type == "cuda"
+    wanted = recipe.executor
+    if wanted == "auto":
+        wanted = "captured" if gpu else "plain" if recipe.attention == "auto" else "fused"
+    if wanted == "plain":
+        return Plain(runtime.transformer)
+    if wanted == "captured" and not gpu:
+        raise BadInput(f"got executor 'captured' on {runtime.device.type}, allowed on a GPU, try fused")
+    from fluxloom.speed.attention import backend_for
+    from fluxloom.speed.fused import Fused
+    from fluxloom.speed.graphs import Captured
+    from fluxloom.speed.ops import ops_for
+
+    like = torch.empty(0, device=runtime.device, dtype=runtime.dtype)
+    attend = backend_for(like, runtime.transformer.spec.head_dim, recipe.attention)
+    fused = Fused(runtime.transformer, attend, ops_for(runtime.device))
+    return Captured(fused) if wanted == "captured" else fused

@@ -1,0 +1,79 @@
+"""Words to executors, through the public door."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fluxloom.api import load
+from fluxloom.errors import BadInput, Failure
+from fluxloom.speed.linear8 import Linear8
+from fluxloom.speed.recipe import Recipe, apply
+
+QUICK = {"steps": 2, "width": 64, "height": 64, "seed": 1}
+
+
+def picture(**more: str) -> tuple[np.ndarray, str]:
+    result = load("nano", **more).generate("a red car", **QUICK)
+    return np.asarray(result.image).astype(int), result.receipt.data["machine"]["executor"]
+
+
+def test_the_same_picture_up_to_rounding() -> None:
+    plain, name = picture()
+    assert name == "plain"
+    fused, name = picture(executor="fused", attention="math")
+    assert name == "fused, math attention"
+    assert np.abs(plain - fused).max() <= 2
+
+
+@pytest.mark.parametrize(("form", "least", "most"), [("fp8", 0.2, 12), ("int8", 0.1, 8)])
+def test_linears_of_8_bits_change_it_a_little(form: str, least: float, most: float) -> None:
+    plain, _ = picture()
+    low, name = picture(executor="fused", linears=form)
+    assert name == f"fused, torch attention, {form} linears"
+    assert least < np.sqrt(((plain - low) ** 2).mean()) < most
+
+
+def test_what_is_rewritten_is_rewritten_once() -> None:
+    loom = load("nano", linears="int8")
+    runtime = loom.pipeline.runtime
+    assert sum(isinstance(module, Linear8) for module in runtime.transformer.modules()) == 8 + 2 * 9
+    with pytest.raises(Failure, match="try loading it anew"):
+        apply(runtime, Recipe(linears="fp8"))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"executor": "quick"}, "got executor 'quick', allowed auto, plain, fused, captured, try auto"),
+        ({"linears": "fp4"}, "got linears 'fp4', allowed fp8, int8, try leaving it out"),
+        ({"executor": "plain", "attention": "math"}, "got attention 'math' with executor 'plain'"),
+        ({"executor": "captured"}, "got executor 'captured' on cpu, allowed on a GPU, try fused"),
+        ({"attention": "flash"}, "got attention 'flash', which needs a GPU, try auto"),
+    ],
+)
+def test_what_cannot_be(given: dict[str, str], told: str) -> None:
+    with pytest.raises(BadInput, match=told):
+        load("nano", **given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("linears", [None, "fp8", "int8"])
+def test_on_a_gpu(linears: str | None) -> None:
+    """Captured is the default there; two requests of one shape, and one of another, each like the plain executor's."""
+    quick = load("nano", "cuda", linears=linears)
+    assert quick.pipeline.runtime.executor.name.endswith("captured")
+    exact = load("nano", "cuda", executor="plain")
+    for words, side in (("a red car", 128), ("a cat in the snow", 128), ("an owl", 192)):
+        pair = [
+            np.asarray(loom.generate(words, seed=1, steps=4, width=side, height=128).image).astype(float)
+            for loom in (quick, exact)
+        ]
+        error = np.sqrt(((pair[0] - pair[1]) ** 2).mean())
+        assert error < (4 if linears is None else 25)
+    picture = quick.generate("a red car", seed=1, width=128, height=128)
+    again = quick.generate("a red car", seed=1, width=128, height=128)
+    assert torch.equal(*(torch.tensor(np.array(one.image)) for one in (picture, again)))
+    edited = quick.edit(picture, "make it blue", seed=2)
+    assert edited.image.size == (128, 128)
