@@ -132,11 +132,9 @@ def test_order_notices_a_wrong_weight_of_history() -> None:
 def test_order_of_adaptive() -> None:
     """Its steps follow from the tolerance, so error is measured over evaluations."""
     x = exact(NOISE, 1.0, 0.9)
-    logs = [drive(adaptive(x, [0.9, 0.5, 0.2], 10.0**-n), mixture) for n in (7, 8, 9)]
+    logs = [drive(adaptive(x, [0.9, 0.5, 0.2], 10.0**-n), mixture) for n in (3, 4, 5)]
     errors = [float((log.x - exact(x, 0.9, 0.2)).abs().max()) for log in logs]
     counts = [len(log.asked) for log in logs]
-    refused = [(count - 1) / 3 / len(log.took) - 1 for count, log in zip(counts, logs, strict=True)]
-    assert max(refused) < 0.1, "the next step is guessed well"
     slope = -float(np.polyfit(np.log(counts), np.log(errors), 1)[0])
     assert slope == pytest.approx(SOLVERS["adaptive"].order, abs=0.25)
 
@@ -146,19 +144,29 @@ def test_adaptive_meets_its_tolerance() -> None:
     counts = []
     for tolerance in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
         log = drive(adaptive(NOISE, schedule(8, 1024), tolerance), mixture)
-        assert float((log.x - end).norm() / end.norm()) < tolerance
+        assert float((log.x - end).norm() / end.norm()) < 2 * tolerance
         assert log.took[-1].t == 0
         assert [(step.index, step.total) for step in log.took] == [(i, None) for i in range(len(log.took))]
+        assert log.asked == [1.0, *(step.t for step in log.took[:-1])], (
+            "each evaluation makes a step; t = 0 is not asked"
+        )
         counts.append(len(log.asked))
     assert counts == sorted(counts)
     assert counts[0] < counts[-1] / 3
     assert SOLVERS["adaptive"].evaluations is None
 
 
-def test_adaptive_takes_back_a_step_too_long() -> None:
-    """One step over the whole way is tried and refused: more evaluations than accepted steps need."""
-    log = drive(adaptive(NOISE, [1.0, 0.0], 1e-4), mixture)
-    assert len(log.asked) > 1 + 3 * len(log.took)
+@pytest.mark.parametrize("up", [False, True])
+def test_adaptive_goes_slowly_where_the_path_bends(up: bool) -> None:
+    """A velocity that turns around half-way, and is nearly constant before and after."""
+    times = [0.0, 0.1, 1.0] if up else [1.0, 0.9, 0.0]
+    log = drive(adaptive(5 * NOISE, times, 1e-3), lambda x, t: NOISE * float(np.tanh(6 * (t - 0.5))))
+    steps = [(abs(step.t - t), abs(t - 0.5)) for t, step in zip(log.asked, log.took, strict=True)]
+    turning = [length for length, distance in steps if distance < 0.1]
+    assert len(turning) >= 3
+    assert max(length for length, distance in steps if distance > 0.2) > 2 * max(turning)
+    assert len(steps) < 30
+    assert float((log.x - 5 * NOISE).norm() / NOISE.norm()) < 0.02
 
 
 def test_adaptive_ends_on_noisy_velocities() -> None:
@@ -256,9 +264,9 @@ def test_dpmpp_needs_few_steps_for_nearly_a_point() -> None:
 @pytest.mark.parametrize("name", SOLVERS)
 def test_there_and_back(name: str) -> None:
     """From data to noise and back: inversion uses the same solvers on reversed times."""
-    times = schedule(400)
-    up = drive(SOLVERS[name].run(NOISE, times[::-1]), mixture).x
-    down = drive(SOLVERS[name].run(up, times), mixture).x
+    times, own = schedule(400), {} if SOLVERS[name].tolerance is None else {"tolerance": 1e-3}
+    up = drive(SOLVERS[name].run(NOISE, times[::-1], **own), mixture).x
+    down = drive(SOLVERS[name].run(up, times, **own), mixture).x
     assert float((up - NOISE).abs().max()) > 0.1
     torch.testing.assert_close(down, NOISE, rtol=0, atol=0.03)
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
-from fluxloom.core.solvers import SOLVERS
+from fluxloom.core.solvers import Run
 from fluxloom.core.specs import MODELS, ModelSpec, Size, TaskDefaults
 from fluxloom.errors import BadInput
 from fluxloom.infer.canvas import Margins
 from fluxloom.infer.checks import either, flag, number, whole
 from fluxloom.infer.control import WITH_MODEL, DepthModel
 from fluxloom.infer.loras import Lora, ResolvedLora, resolve_loras
+from fluxloom.infer.pace import quality_of, solver_of, tolerance_of, walker
 from fluxloom.infer.pictures import MAX_PIXELS, pixel_hash, read
 from fluxloom.infer.receipt import Receipt, examine
 from fluxloom.infer.receipt import save as save_picture
@@ -111,10 +112,13 @@ class Request:
     width, height in pixels: multiples of 16 (Fill: 32) that the model allows. Left out, they are the model's own, or
                   follow the first input picture (:func:`sizes.working_size`); that is resized without cropping
     n             how many pictures; picture k takes seed + k
-    steps         1 to 1,000; ``adaptive`` takes it as the length of its first step
+    quality       draft, standard (what the model's tasks say) or best: the steps, solver and tolerance that the model
+                  has for it, where they are left out
+    steps         1 to 1,000; ``adaptive`` takes it as the greatest length of its first step
     guidance      a number that the model was taught to follow (dev and its kin)
     true_cfg      classifier-free guidance by a second evaluation; 1 is off
     solver        a name of ``core.solvers.SOLVERS``
+    tolerance     of the ``adaptive`` solver: 0.0001 to 1, the smaller the more steps
     shift         whether times are shifted towards noise for larger pictures
     text_length   tokens of text given to the model
     seed          0 to 2**64 - 1; drawn and recorded where left out
@@ -137,10 +141,12 @@ class Request:
     width: int | None = None
     height: int | None = None
     n: int = 1
+    quality: str | None = None
     steps: int | None = None
     guidance: float | None = None
     true_cfg: float | None = None
     solver: str | None = None
+    tolerance: float | None = None
     shift: bool | None = None
     text_length: int | None = None
     seed: int | None = None
@@ -184,10 +190,12 @@ class Resolved:
     width: int
     height: int
     n: int
+    quality: str
     steps: int
     guidance: float | None
     true_cfg: float
     solver: str
+    tolerance: float | None
     shift: bool
     text_length: int
     seed: int
@@ -197,6 +205,11 @@ class Resolved:
     def first_step(self) -> int:
         """The step at which the path is entered: later than 0 where it starts from an init picture."""
         return 0 if self.strength is None else _first_step(self.strength, self.steps)
+
+    @property
+    def walk(self) -> Callable[[Tensor, Sequence[float]], Run]:
+        """The solver, with its tolerance where it has one."""
+        return walker(self.solver, self.tolerance)
 
     def input(self, role: str) -> Input | None:
         """The input picture of a role."""
@@ -224,7 +237,11 @@ def resolve(request: Request, spec: ModelSpec) -> Resolved:
     """Check a request against a model and fill in what it leaves open. Raises BadInput."""
     task = _task(request, spec)
     row = _row(spec, task)
-    steps = whole("steps", either(request.steps, row.steps), 1, MAX_STEPS)
+    quality = quality_of(request.quality)
+    named = None if request.solver is None else solver_of(request.solver)
+    pace = row.pace(quality, named)
+    steps = whole("steps", either(request.steps, pace.steps), 1, MAX_STEPS)
+    solver = named or pace.solver
     n = whole("n", request.n, 1, MAX_PICTURES)
     true_cfg = number("true_cfg", either(request.true_cfg, row.true_cfg), 1.0, MAX_SCALE)
     seed = int.from_bytes(os.urandom(4), "little") if request.seed is None else request.seed
@@ -246,10 +263,12 @@ def resolve(request: Request, spec: ModelSpec) -> Resolved:
         width=width,
         height=height,
         n=n,
+        quality=quality,
         steps=steps,
         guidance=_guidance(request, spec, row),
         true_cfg=true_cfg,
-        solver=_solver(either(request.solver, row.solver)),
+        solver=solver,
+        tolerance=tolerance_of(request.tolerance, solver, pace),
         shift=flag("shift", either(request.shift, spec.shift)),
         text_length=_text_length(request.text_length, spec),
         seed=whole("seed", seed, 0, MAX_SEED - n + 1),
@@ -350,13 +369,6 @@ def _guidance(request: Request, spec: ModelSpec, row: TaskDefaults) -> float | N
 def _first_step(strength: float, steps: int) -> int:
     """The official rule."""
     return int((1 - strength) * steps)
-
-
-def _solver(name: object) -> str:
-    if not isinstance(name, str) or name not in SOLVERS:
-        near = get_close_matches(str(name), SOLVERS, n=2, cutoff=0.4) or ["euler"]
-        raise BadInput(f"got solver {name!r}, allowed {', '.join(SOLVERS)}, try {' or '.join(near)}")
-    return name
 
 
 def _text_length(length: int | None, spec: ModelSpec) -> int:

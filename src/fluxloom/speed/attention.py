@@ -16,7 +16,7 @@ from fluxloom.errors import BadInput
 
 # q [B, L_q, N, D], k and v [B, L_k, N, D], token-major views of any strides, to [B, L_q, N D]. Never with a mask.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-_FA3 = "fa3_fwd_interface"  # of the package fa3-fwd, FlashAttention 3 (Shah et al. 2024, arXiv:2407.08608), forwards alone
+_FA3 = "fa3_fwd_interface"  # of the package fa3-fwd: the forward pass of FlashAttention 3 (arXiv:2407.08608)
 
 
 @dataclass(frozen=True)

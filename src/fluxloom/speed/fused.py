@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxloom.core.attention import QKNorm, rope
-from fluxloom.core.transformer import DoubleBlock, Modulation, SingleBlock, Transformer
+from fluxloom.core.transformer import DoubleBlock, SingleBlock, Transformer
 from fluxloom.infer.executor import Given
 from fluxloom.speed import twins
 from fluxloom.speed.attention import Attend, backend_for
@@ -101,12 +101,12 @@ class Fused:
             return table[t[0]]
         return torch.stack([table[time][member] for member, time in enumerate(t)])
 
-    def _modulations(self, times: Sequence[float], given: Given) -> Sequence[Tensor]:
+    def _modulations(self, times: Sequence[float], given: Given) -> tuple[Tensor, ...]:
         batch, device = len(given.pooled), given.pooled.device
         t = torch.tensor(times, device=device).repeat_interleave(batch)
         guidance = None if given.guidance is None else torch.tensor(given.guidance, device=device).repeat(len(times))
         vec = self.transformer.vector(t, given.pooled.repeat(len(times), 1), guidance)
-        return modulations(self.transformer, vec).split(batch)
+        return torch.split(modulations(self.transformer, vec), batch)
 
     # --------------------------------------------------------------------------------------------------- every step
 
@@ -119,7 +119,7 @@ class Fused:
         blocks = iter(self.blocks)
         if depth:
             self._doubles(islice(blocks, depth), x, start, vectors, cos, sin)
-        singles = list(model.single_blocks)
+        singles = [cast(SingleBlock, block) for block in model.single_blocks]
         h: Hidden = self.ops.modulated(x, *vectors.single(0)[:2], form=form_of(singles[0].linear1))
         for i, block in enumerate(islice(blocks, len(singles) - 1)):
             y = self._single(cast(SingleBlock, block), h, cos, sin)
@@ -196,21 +196,18 @@ def modulations(transformer: Transformer, vec: Tensor) -> Tensor:
     """All shifts, scales and gates [R, M] of conditioning vectors [R, D], in the order of the forward pass: of each
     double block six for the image and six for the text, of each single block three, and two of the last layer."""
     silu = F.silu(vec)
-    layers = [_linear(mod) for block in transformer.double_blocks for mod in (block.img_mod, block.txt_mod)]
-    layers += [_linear(block.modulation) for block in transformer.single_blocks]
-    layers.append(transformer.final_layer.adaLN_modulation[1])
+    doubles = [cast(DoubleBlock, block) for block in transformer.double_blocks]
+    mods = [mod for block in doubles for mod in (block.img_mod, block.txt_mod)]
+    mods += [cast(SingleBlock, block).modulation for block in transformer.single_blocks]
+    layers = [*(mod.lin for mod in mods), transformer.final_layer.adaLN_modulation[1]]
     return torch.cat([layer(silu) for layer in layers], dim=-1)
-
-
-def _linear(modulation: Modulation) -> nn.Module:
-    return modulation.lin
 
 
 class _Vectors:
     """Views [B, D] of a row of modulations, by block."""
 
     def __init__(self, mods: Tensor, width: int, depth: int) -> None:
-        self.parts = mods.unflatten(-1, (-1, width)).unbind(1)
+        self.parts: tuple[Tensor, ...] = torch.unbind(mods.unflatten(-1, (-1, width)), 1)
         self.singles = 12 * depth
 
     def double(self, i: int, side: str) -> Sequence[Tensor]:
@@ -239,7 +236,7 @@ def part(module: nn.Module, start: int, stop: int, h: Hidden) -> Tensor:
         whole: Tensor = module(h)
         return whole[..., start:stop]
     if isinstance(module, nn.Linear):
-        bias = None if module.bias is None else module.bias[start:stop]
+        bias = None if getattr(module, "bias", None) is None else module.bias[start:stop]
         return F.linear(cast(Tensor, h), module.weight[start:stop], bias)
     out: Tensor = cast(Any, module).part(start, stop)(h)
     return out

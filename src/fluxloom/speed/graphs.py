@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 from weakref import ref
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from fluxloom.infer.executor import Given
 from fluxloom.speed.fused import Fused
 
+_Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # those of Fused.run
 _KEPT = 4  # shapes; all share one pool of memory, and only one of them runs at a time
 _WARM = 2  # runs before the capture: kernels are compiled, workspaces and handles made
 
@@ -35,7 +37,7 @@ class Captured:
     def __init__(self, fused: Fused) -> None:
         self.fused, self.name, self.lossy = fused, f"{fused.name}, captured", fused.lossy
         self._shapes: dict[Hashable, _Captured] = {}  # the last used comes last
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def __call__(self, img: Tensor, t: Sequence[float], given: Given) -> Tensor:
         if given.adapted:
@@ -56,16 +58,16 @@ class Captured:
 
     def _capture(self, inputs: tuple[Tensor, ...], targets: int) -> _Captured:
         """Run once outside of the default stream, then capture, on copies of the inputs."""
-        own = tuple(x.clone() for x in inputs)
+        own = img, mods, txt, cos, sin = cast(_Inputs, tuple(x.clone() for x in inputs))
         device = own[0].device
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM):
-                self.fused.run(*own, targets)
+                self.fused.run(img, mods, txt, cos, sin, targets)
         torch.cuda.current_stream(device).wait_stream(stream)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            out = self.fused.run(*own, targets)
+            out = self.fused.run(img, mods, txt, cos, sin, targets)
         return _Captured(graph, own, out)
