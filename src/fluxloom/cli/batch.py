@@ -51,6 +51,7 @@ def batch(
     negative: options.Negative = "",
     seed: Annotated[int | None, typer.Option("--seed", "-s", help="Of all; default: each picture's own.")] = None,
     size: options.Size = None,
+    quality: options.Quality = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     true_cfg: options.TrueCfg = None,
@@ -86,7 +87,7 @@ def batch(
     _end(work.rows, pages, json)
 
 
-_FIELDS = ("negative", "seed", "steps", "guidance", "true_cfg", "solver")
+_FIELDS = ("negative", "seed", "quality", "steps", "guidance", "true_cfg", "solver")
 
 
 def _edit(given: dict[str, Any], asked: dict[str, Any]) -> Step:

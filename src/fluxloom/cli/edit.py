@@ -30,6 +30,7 @@ def edit(
     seed: options.Seed = None,
     n: options.Number = 1,
     size: options.Size = None,
+    quality: options.Quality = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     true_cfg: options.TrueCfg = None,

@@ -48,6 +48,9 @@ Negative = Annotated[str, _drawing("--negative", help="What the picture should n
 Seed = Annotated[int | None, _drawing("--seed", "-s", help="Seed of the noise; picture k of n takes seed + k.")]
 Number = Annotated[int, _drawing("-n", help="How many pictures.")]
 Size = Annotated[str | None, _drawing("--size", metavar="WxH", help=SIZE)]
+Quality = Annotated[
+    str | None, _drawing("--quality", metavar="NAME", help="draft, standard or best: steps and solver, unless given.")
+]
 Steps = Annotated[int | None, _drawing("--steps", help="Steps of the solver.")]
 Guidance = Annotated[float | None, _drawing("--guidance", help="Guidance value fed to the network.")]
 TrueCfg = Annotated[float | None, _drawing("--true-cfg", help="Classifier-free guidance; 1 is off, and twice as fast.")]

@@ -32,7 +32,7 @@ Inputs = Annotated[
     list[Path] | None,
     typer.Option("--input", help="A LoRA or a depth model that it was made with; repeatable.", show_default=False),
 ]
-_FIELDS = ("negative", "steps", "guidance", "true_cfg", "solver")  # options that are fields of a request
+_FIELDS = ("negative", "quality", "steps", "guidance", "true_cfg", "solver")  # options that are fields of a request
 
 
 @app.callback()
@@ -78,6 +78,7 @@ def generate(
     negative: options.Negative = "",
     seed: options.Seed = None,
     size: options.Size = None,
+    quality: options.Quality = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     true_cfg: options.TrueCfg = None,
@@ -116,6 +117,7 @@ def edit(
     seed: options.Seed = None,
     n: options.Number = 1,
     size: options.Size = None,
+    quality: options.Quality = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     true_cfg: options.TrueCfg = None,

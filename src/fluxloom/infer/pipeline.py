@@ -15,7 +15,6 @@ from torch import Tensor
 
 import fluxloom
 from fluxloom.core.shapes import latent_hw
-from fluxloom.core.solvers import SOLVERS
 from fluxloom.errors import BadInput
 from fluxloom.infer.batch import lockstep
 from fluxloom.infer.conditions import Conditioning, condition
@@ -42,9 +41,9 @@ class _Job:
     def trajectory(self, index: int, device: torch.device) -> Trajectory:
         """The path of picture ``index``."""
         x = self.conditions.start(index).to(device)
-        solver = SOLVERS[self.request.solver].run
         known = self.conditions.known(index)
         held = None if known is None else known.to(device)
+        solver = self.request.walk
         return trajectory(x, solver, self.conditions.times, self.conditions.rows, self.request.true_cfg, held)
 
 

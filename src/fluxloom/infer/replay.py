@@ -31,7 +31,9 @@ _SAME_NAME = (
 _ROLES = ("init", "mask", "control")  # of inputs that are fields of a request
 _REFERENCES = ("context", "image")  # of those that are references; all others are a finisher's
 # Fields that receipts of version 0.1.0 lack.
-_SINCE = {"prompt_t5": None, "expand": None, "control_ready": False, "written": None}
+_SINCE = {
+    "prompt_t5": None, "expand": None, "control_ready": False, "written": None, "quality": None, "tolerance": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
