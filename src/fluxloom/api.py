@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -23,6 +23,9 @@ from fluxloom.infer.request import Picture, PromptWarning, Reference, Request, R
 from fluxloom.infer.runtime import Runtime
 from fluxloom.speed.recipe import Recipe, apply
 from fluxloom.weights.load import ASSETS, CARD, read_card
+
+if TYPE_CHECKING:
+    from fluxloom.speed.team import Team
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -42,6 +45,7 @@ def load(
     executor: str = "auto",
     linears: str | None = None,
     attention: str = "auto",
+    gpus: int = 1,
 ) -> Loom:
     """Load a model.
 
@@ -57,6 +61,9 @@ def load(
     preview_decoder    TAEF1, for sharp glances at members with the latents of FLUX.1: see :class:`Preview`
     executor, linears, attention    how it computes: see :class:`fluxloom.speed.recipe.Recipe`. ``linears="fp8"`` is
                faster and takes half the memory, and changes pictures a little (docs/performance.md)
+    gpus       how many GPUs compute each picture together, one process each: `torchrun --nproc-per-node 2 ...` starts
+               them, and `fluxloom generate --gpus 2` by itself. In all but the first this never returns: they lend
+               their GPU until the first one ends
     revision, offline, token, progress    of what comes from a hub: see :func:`fluxloom.weights.hub.resolve`;
                ``progress`` also counts the tensors of each component as they are loaded
 
@@ -70,22 +77,19 @@ def load(
         raise BadInput(f"got dtype {dtype!r}, allowed {', '.join(_DTYPES)}, try float32")
     if not os.fspath(reference):
         raise UnknownModel(f"got an empty model reference, allowed {', '.join(MODELS)}, a folder or a file, try nano")
-    own = _own(reference)
-    if own is not None:
-        if base is not None:
-            raise BadInput(f"got base {os.fspath(base)} for {own[0].name}, allowed for adapters, try without it")
-        runtime = Runtime.from_folder(own[1], own[0], where, _DTYPES[name])
-        return _ready(runtime, recipe, preview_decoder)
-    from fluxloom.infer.assemble import assemble
-    from fluxloom.weights.hub import resolve
-    from fluxloom.weights.tiny import load_tiny_decoder
 
-    if preview_decoder is not None:
-        load_tiny_decoder(Path(preview_decoder))  # a wrong file is found out before 34 GB are read
-    located = resolve(
-        reference, revision=revision, offline=offline, token=token, variant=variant, progress=progress, base=base
-    )
-    return _ready(assemble(located, where, _DTYPES[name], variant, progress), recipe, preview_decoder)
+    def loaded(where: torch.device, team: Team | None = None) -> Loom:
+        hub = {"revision": revision, "offline": offline, "token": token}
+        runtime = _runtime(reference, where, _DTYPES[name], variant, progress, preview_decoder, base, hub)
+        apply(runtime, recipe, team)
+        return Loom(Pipeline(runtime, MAKERS)).previewed(preview_decoder)
+
+    if gpus == 1:
+        return loaded(where)
+    from fluxloom.speed.team import team_of
+
+    with team_of(gpus, where) as team:
+        return loaded(team.device, team)
 
 
 class Loom:
@@ -221,10 +225,30 @@ def _own(reference: str | os.PathLike[str]) -> tuple[ModelSpec, Path] | None:
     return MODELS[name], folder
 
 
-def _ready(runtime: Runtime, recipe: Recipe, preview_decoder: str | os.PathLike[str] | None) -> Loom:
-    """A loaded model, computing as a recipe says."""
-    apply(runtime, recipe)
-    return Loom(Pipeline(runtime, MAKERS)).previewed(preview_decoder)
+def _runtime(
+    reference: str | os.PathLike[str],
+    where: torch.device,
+    dtype: torch.dtype,
+    variant: str | None,
+    progress: Callable[[str, int, int], None] | None,
+    preview_decoder: str | os.PathLike[str] | None,
+    base: str | os.PathLike[str] | None,
+    hub: Mapping[str, Any],
+) -> Runtime:
+    """What a reference names, loaded; ``hub``: how to ask one."""
+    own = _own(reference)
+    if own is not None:
+        if base is not None:
+            raise BadInput(f"got base {os.fspath(base)} for {own[0].name}, allowed for adapters, try without it")
+        return Runtime.from_folder(own[1], own[0], where, dtype)
+    from fluxloom.infer.assemble import assemble
+    from fluxloom.weights.hub import resolve
+    from fluxloom.weights.tiny import load_tiny_decoder
+
+    if preview_decoder is not None:
+        load_tiny_decoder(Path(preview_decoder))  # a wrong file is found out before 34 GB are read
+    located = resolve(reference, variant=variant, progress=progress, base=base, **hub)
+    return assemble(located, where, dtype, variant, progress)
 
 
 def _device(name: str) -> torch.device:

@@ -47,9 +47,18 @@ def load(model: str, device: str = "cpu", threads: int | None = None, dtype: str
 
 def loaded(given: Mapping[str, Any], watch: Watch) -> Loom:
     """The model that the options of a command ask for, ``given`` by name."""
-    names = ("variant", "base", "offline", "preview_decoder", "executor", "linears", "attention")
+    names = ("variant", "base", "offline", "preview_decoder", "executor", "linears", "attention", "gpus")
     more = {name: given[name] for name in names if name in given}
     return load(given["model"], given["device"], given["threads"], given["dtype"], progress=watch.part, **more)
+
+
+def lend(given: Mapping[str, Any]) -> None:
+    """First of all in a command with ``--gpus``: have it run by a process a GPU; in all but the first, load the model
+    and compute what the first one asks for, never to return."""
+    from fluxloom.speed.launch import lends
+
+    if lends(given["gpus"]):
+        loaded(given, Watch("", quiet=True))
 
 
 def loras(words: Sequence[str] | None) -> tuple[Lora, ...]:

@@ -45,6 +45,7 @@ def edit(
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     threads: options.Threads = None,
+    gpus: options.Gpus = 1,
     executor: options.Executor = "auto",
     linears: options.Linears = None,
     attention: options.Attention = "auto",
@@ -59,6 +60,7 @@ def edit(
 ) -> None:
     """Edit a picture by instruction; what is not asked to change stays."""
     given = locals()
+    drawing.lend(given)
     if session is not None:
         from fluxloom.cli.session import shortcut
 

@@ -45,6 +45,7 @@ def generate(
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     threads: options.Threads = None,
+    gpus: options.Gpus = 1,
     executor: options.Executor = "auto",
     linears: options.Linears = None,
     attention: options.Attention = "auto",
@@ -58,4 +59,5 @@ def generate(
 ) -> None:
     """Draw a picture from a prompt."""
     given = locals()
+    drawing.lend(given)
     drawing.draw(given, verb="drawing", prompt=prompt, pictures=[(path, "image") for path in image or ()])

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from fluxloom.cli import interrupts
 from fluxloom.cli.output import plain
 from fluxloom.errors import FluxloomError
+from fluxloom.speed.launch import Elsewhere, rank, start
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,9 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
     for stream in (sys.stdout, sys.stderr):  # a path or a prompt that the terminal cannot spell is no reason to fail
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    interrupts.end_at_once()
+    if rank():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process says what there is to say
+    else:
+        interrupts.end_at_once()
     try:
-        code = _run(words)
+        code = _started(words, debug)
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = interrupts.EXIT_CODE
@@ -41,6 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(interrupts.LINE, end="", file=sys.stderr)
     return code
+
+
+def _started(words: list[str], debug: bool) -> int:
+    """Run a command here, or in a process a GPU where it asks for several."""
+    try:
+        return _run(words)
+    except Elsewhere as wanted:
+        if debug:
+            os.environ["FLUXLOOM_DEBUG"] = "1"
+        code = start(wanted.gpus, ["-m", "fluxloom", *words])
+        if code == interrupts.EXIT_CODE:  # they have said so
+            sys.exit(code)
+        return code
 
 
 def _run(words: list[str]) -> int:

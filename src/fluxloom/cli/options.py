@@ -102,6 +102,7 @@ Linears = Annotated[
 Attention = Annotated[
     str, _computing("--attention", help="auto, cudnn, fa3, flash, efficient, torch, math or fa3-fp8 (lossy).")
 ]
+Gpus = Annotated[int, _computing("--gpus", metavar="N", help="GPUs that compute each picture together.")]
 Threads = Annotated[int | None, _computing("--threads", help="Threads of the processor; default: one a core.")]
 Out = Annotated[
     Path | None,

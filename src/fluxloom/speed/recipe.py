@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from fluxloom.errors import BadInput
 from fluxloom.infer.executor import Executor, Plain
 from fluxloom.infer.runtime import Runtime
+
+if TYPE_CHECKING:
+    from fluxloom.speed.attention import Attend
+    from fluxloom.speed.team import Team
 
 
 class SpeedWarning(UserWarning):
@@ -43,8 +48,8 @@ class Recipe:
             raise BadInput(f"got attention {self.attention!r} with executor 'plain', which has its own, try fused")
 
 
-def apply(runtime: Runtime, recipe: Recipe) -> None:
-    """Let a runtime compute as a recipe says.
+def apply(runtime: Runtime, recipe: Recipe, team: Team | None = None) -> None:
+    """Let a runtime compute as a recipe says, over the GPUs of a team where there is one.
 
     8-bit linears exchange weights, which only loading anew undoes; all else is undone by another recipe. Raises
     BadInput for what this machine cannot do.
@@ -56,16 +61,20 @@ def apply(runtime: Runtime, recipe: Recipe) -> None:
         if why:
             warnings.warn(why, SpeedWarning, stacklevel=2)
         quantise(runtime.transformer, form)
-    runtime.executor = _executor(runtime, recipe)
+    runtime.executor = _executor(runtime, recipe, team)
     if runtime.device.type == "cuda" and runtime.dtype == torch.bfloat16 and recipe.executor != "plain":
         from fluxloom.speed import pictures
 
         pictures.apply(runtime.autoencoder)
 
 
-def _executor(runtime: Runtime, recipe: Recipe) -> Executor:
+def _executor(runtime: Runtime, recipe: Recipe, team: Team | None) -> Executor:
     gpu = runtime.device.type == "cuda"
     wanted = recipe.executor
+    if team is not None and wanted == "plain":
+        raise BadInput(f"got executor 'plain' on {team.size} GPUs, allowed fused or captured, try auto")
+    if wanted == "auto" and team is not None:
+        wanted = "fused"
     if wanted == "auto":
         wanted = "captured" if gpu else "plain" if recipe.attention == "auto" else "fused"
     if wanted == "plain":
@@ -79,5 +88,13 @@ def _executor(runtime: Runtime, recipe: Recipe) -> Executor:
 
     like = torch.empty(0, device=runtime.device, dtype=runtime.dtype)
     attend = backend_for(like, runtime.transformer.spec.head_dim, recipe.attention)
-    fused = Fused(runtime.transformer, attend, ops_for(runtime.device))
-    return Captured(fused) if wanted == "captured" else fused
+
+    def make(attend: Attend) -> Executor:
+        fused = Fused(runtime.transformer, attend, ops_for(runtime.device))
+        return Captured(fused) if wanted == "captured" else fused
+
+    if team is not None:
+        from fluxloom.speed.parallel import spread
+
+        return spread(runtime, team, attend, make)
+    return make(attend)

@@ -1,0 +1,367 @@
+"""Several GPUs for one picture: every rank has all weights and a share of the tokens (context parallelism).
+
+Everything in the model but attention goes token by token. For attention, ranks exchange heads for tokens and back, so
+that each attends for all tokens with its part of the heads (DeepSpeed-Ulysses: Jacobs et al. 2023, arXiv:2309.14509).
+The numbers are those of one GPU but for the order of sums: attention has no order of keys, and rotations are applied
+before, so tokens stay in the order in which they arrive.
+
+Legend: B batch, L tokens, N heads, D head dimension, P ranks; a share is what a rank has of the tokens.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fluxloom.errors import BadInput, Failure
+from fluxloom.infer.executor import Executor, Given
+from fluxloom.infer.loras import Rack, ResolvedLora
+from fluxloom.infer.runtime import Runtime
+from fluxloom.speed.attention import Attend
+from fluxloom.speed.team import LOOK, Team
+
+_KEPT = 4  # executors, one for each set of lengths
+
+Shares = tuple[int, ...]  # how many tokens each rank has
+
+
+def shares(tokens: int, ranks: int) -> Shares:
+    """Tokens cut evenly, in order; the first ranks have one more where they do not divide."""
+    return tuple((tokens + ranks - 1 - rank) // ranks for rank in range(ranks))
+
+
+def _slices(parts: Sequence[int]) -> list[slice]:
+    return [slice(end - part, end) for part, end in zip(parts, accumulate(parts), strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------- the exchange
+
+
+def heads_each(heads: int, ranks: int, chunks: int = 1) -> int:
+    """How many heads a rank attends for at once. Raises BadInput where they do not divide."""
+    if heads % (ranks * chunks):
+        allowed = ", ".join(str(n) for n in range(1, heads // chunks + 1) if heads % (n * chunks) == 0)
+        parts = f" in {chunks} parts each" if chunks > 1 else ""
+        raise BadInput(f"got {ranks} GPUs for {heads} heads{parts}, allowed {allowed}, try one of them")
+    return heads // (ranks * chunks)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """An ``attend`` of shares: q [B, L_q, N, D], k and v [B, L, N, D] of this rank's tokens to [B, L_q, N D] of them.
+
+    attend  of all tokens, with N / P heads
+    tokens  all that each rank has
+    drawn   of them, those that alone are queries where q is shorter than k (the last block's)
+    chunks  parts of the heads: while one is attended for, the next is exchanged
+    """
+
+    attend: Attend
+    team: Team
+    tokens: Shares
+    drawn: Shares
+    chunks: int = 1
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        queries = self.tokens if q.shape[1] == k.shape[1] else self.drawn
+        heads = heads_each(q.shape[2], self.team.size, self.chunks)
+        home = q.new_empty(self.team.size, self.chunks, q.shape[1], len(q), heads * q.shape[3])
+        going = [self._spread((q, k, v), (queries, self.tokens, self.tokens), chunk) for chunk in range(self.chunks)]
+        coming = [
+            self._gather(self.attend(*works.tensors()), queries, home[:, chunk]) for chunk, works in enumerate(going)
+        ]
+        for works in coming:
+            works.tensors()
+        return home.permute(3, 2, 0, 1, 4).flatten(2)  # [P, chunks, L_q, B, ...]: ranks, then chunks, as heads lie
+
+    def _spread(self, tensors: Sequence[Tensor], lengths: Sequence[Shares], chunk: int) -> _Works:
+        """Send heads [B, L, N, D] of this rank's tokens to whose they are; [B, all L, N / P, D] are under way."""
+        works, rank = _Works(self.team), self.team.rank
+        heads = heads_each(tensors[0].shape[2], self.team.size, self.chunks)
+        for x, parts in zip(tensors, lengths, strict=True):
+            by_rank = x.unflatten(2, (self.team.size, self.chunks, heads))[:, :, :, chunk]
+            arrived = x.new_empty(sum(parts), len(x), heads, x.shape[3])
+            for peer, rows in enumerate(_slices(parts)):
+                piece = by_rank[:, :, peer].transpose(0, 1)  # [L, B, heads, D]: tokens first, so that rows are whole
+                if peer == rank:
+                    arrived[rows].copy_(piece)
+                else:
+                    works.swap(peer, piece.contiguous(), arrived[rows])
+            works.results.append(arrived.transpose(0, 1))
+        return works.begin()
+
+    def _gather(self, attended: Tensor, queries: Shares, home: Tensor) -> _Works:
+        """Send [B, all L_q, heads D] of this rank's heads to whose tokens they are; ``home`` [P, L_q, B, heads D]."""
+        works, rank = _Works(self.team), self.team.rank
+        by_token = attended.transpose(0, 1)
+        for peer, rows in enumerate(_slices(queries)):
+            if peer == rank:
+                home[rank].copy_(by_token[rows])
+            else:
+                works.swap(peer, by_token[rows].contiguous(), home[peer])
+        return works.begin()
+
+
+class _Works:
+    """Sends and receives that go as one: on NCCL one kernel, beside whatever the GPU does next."""
+
+    def __init__(self, team: Team) -> None:
+        self.team = team
+        self.results: list[Tensor] = []
+        self._steps: list[dist.P2POp] = []
+        self._works: list[dist.Work] = []
+
+    def swap(self, peer: int, out: Tensor, into: Tensor) -> None:
+        """A contiguous tensor for another of the same kind. All ranks swap in the same order, so tags agree."""
+        for act, x in ((dist.isend, out), (dist.irecv, into)):
+            tag = sum(step.peer == peer for step in self._steps) // 2
+            self._steps.append(dist.P2POp(act, x, peer, self.team.group, tag))
+
+    def begin(self) -> _Works:
+        self._works = dist.batch_isend_irecv(self._steps)
+        return self
+
+    def tensors(self) -> list[Tensor]:
+        """The results, there by the time that work begun from here on needs them."""
+        for work in self._works:
+            work.wait()
+        self._steps, self._works = [], []
+        return self.results
+
+
+# ---------------------------------------------------------------------------------------------------- the executor
+
+_TENSORS = ("txt", "txt_ids", "img_ids", "pooled")
+
+
+class Recorded(Rack):
+    """A rack that remembers what it was last asked to hang, so that the racks of other ranks can hang the same."""
+
+    def __init__(self, rack: Rack) -> None:
+        super().__init__(rack.transformer, rack.spec)
+        self.asked: tuple[Sequence[tuple[ResolvedLora, ...]], tuple[ResolvedLora, ...] | None] = ((), None)
+
+    def hang(self, sets: Sequence[tuple[ResolvedLora, ...]], together: tuple[ResolvedLora, ...] | None = None) -> None:
+        super().hang(sets, together)
+        self.asked = sets, together
+
+
+@dataclass(eq=False)
+class _Share:
+    """What a rank keeps of a :class:`Given`: its own part, who computes it, and how many targets each rank has."""
+
+    given: Given
+    targets: Shares
+    references: Shares
+    inner: Executor
+
+
+@dataclass(eq=False)
+class Spread:
+    """An executor on several ranks: each computes the velocities of its share of the target's tokens.
+
+    rack    the LoRAs of this rank's transformer
+    attend  what attends, with all tokens and a part of the heads
+    make    an executor of this rank's transformer, such as :class:`fluxloom.speed.fused.Fused`, that attends as told
+    chunks  of an :class:`Exchange`
+    """
+
+    team: Team
+    rack: Recorded
+    attend: Attend
+    make: Callable[[Attend], Executor]
+    chunks: int = 1
+    name: str = field(init=False)
+    lossy: bool = field(init=False)
+    _inners: dict[tuple[Shares, Shares], Executor] = field(init=False, default_factory=dict)
+    _last: tuple[Given, _Share] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        heads_each(self.rack.spec.transformer.num_heads, self.team.size, self.chunks)
+        inner = self.make(self.attend)
+        what = "GPUs" if self.team.device.type == "cuda" else "processes"
+        self.name, self.lossy = f"{inner.name} on {self.team.size} {what}", inner.lossy
+
+    def __call__(self, img: Tensor, t: Sequence[float], given: Given) -> Tensor:
+        """On rank 0. Raises Failure where another rank failed, and BadInput for fewer tokens than ranks."""
+        if self.team.left:
+            raise Failure(
+                "got a picture for GPUs of which one failed before, allowed none that fails, try loading anew"
+            )
+        known = self._last is not None and self._last[0] is given
+        share = self._last[1] if known and self._last is not None else self._share(given)
+        try:
+            self.team.check()
+            self.team.tell(_facts(img, t, None if known else given, self.rack))
+            for x in (img, *(() if known else (getattr(given, name) for name in _TENSORS))):
+                self._broadcast(x)
+            self._last = given, share
+            out = self._run(img, t, share)
+            self.team.settle()
+            self.team.heard()
+        except BaseException as error:  # an interrupt, too: the others are in the middle of an exchange
+            cause = self._cause(error)
+            self.team.fail(cause)
+            if cause is error:
+                raise
+            raise cause from error
+        return out
+
+    def stop(self) -> None:
+        """On rank 0: no more pictures; the others go on after :meth:`serve`."""
+        if not self.team.left:
+            self.team.tell(None)
+
+    @torch.inference_mode()
+    def serve(self) -> None:
+        """On all other ranks: compute shares until rank 0 stops. Raises what goes wrong here or there."""
+        while (facts := self.team.hear()) is not None:
+            img, t = self._received(facts["img"]), facts["t"]
+            if facts["given"] is not None:
+                self._take(facts["given"])
+            assert self._last is not None
+            self._run(img, t, self._last[1])
+            self.team.settle()
+
+    # ------------------------------------------------------------------------------------------------ on every rank
+
+    def _share(self, given: Given) -> _Share:
+        ranks, own = self.team.size, self.team.rank
+        references = given.img_ids.shape[1] - given.targets
+        cuts = [shares(tokens, ranks) for tokens in (given.txt.shape[1], given.targets, references)]
+        if min(*cuts[0], *cuts[1]) < 1:
+            raise BadInput(
+                f"got {given.txt.shape[1]} tokens of text and {given.targets} of the picture for {ranks} GPUs, "
+                "allowed at least one of each for each, try fewer GPUs"
+            )
+        text, target, reference = (_slices(cut)[own] for cut in cuts)
+        mine = replace(
+            given,
+            txt=given.txt[:, text].contiguous(),
+            txt_ids=given.txt_ids[:, text].contiguous(),
+            img_ids=torch.cat(
+                (given.img_ids[:, : given.targets][:, target], given.img_ids[:, given.targets :][:, reference]), 1
+            ),
+            targets=cuts[1][own],
+        )
+        tokens = tuple(map(sum, zip(*cuts, strict=True)))
+        return _Share(mine, cuts[1], cuts[2], self._inner(tokens, cuts[1]))
+
+    def _inner(self, tokens: Shares, drawn: Shares) -> Executor:
+        """The executor for some lengths; what it captures holds the exchange's."""
+        found = self._inners.pop((tokens, drawn), None)
+        if found is None:
+            found = self.make(Exchange(self.attend, self.team, tokens, drawn, self.chunks))
+        self._inners[tokens, drawn] = found
+        while len(self._inners) > _KEPT:
+            del self._inners[next(iter(self._inners))]
+        return found
+
+    def _run(self, img: Tensor, t: Sequence[float], share: _Share) -> Tensor:
+        """Velocities [B, targets, C] of all ranks, on each."""
+        own, targets = self.team.rank, sum(share.targets)
+        parts = ((img[:, :targets], share.targets), (img[:, targets:], share.references))
+        mine = torch.cat([x[:, _slices(cut)[own]] for x, cut in parts], dim=1)
+        out = share.inner(mine, t, share.given)[:, : share.targets[own]]
+        most = max(share.targets)  # pieces of one size, the first ranks'
+        piece = out.new_zeros(len(out), most, out.shape[2])
+        piece[:, : out.shape[1]] = out
+        pieces = [torch.empty_like(piece) for _ in share.targets]
+        dist.all_gather(pieces, piece, group=self.team.group)
+        return torch.cat([x[:, :length] for x, length in zip(pieces, share.targets, strict=True)], dim=1)
+
+    def _broadcast(self, x: Tensor) -> None:
+        dist.broadcast(x.contiguous(), 0, group=self.team.group)
+
+    def _received(self, facts: Sequence[Any]) -> Tensor:
+        shape, dtype = facts
+        x = torch.empty(shape, dtype=getattr(torch, dtype), device=self.team.device)
+        dist.broadcast(x, 0, group=self.team.group)
+        return x
+
+    def _take(self, facts: dict[str, Any]) -> None:
+        """A new :class:`Given`, and its LoRAs onto the modules."""
+        tensors = {name: self._received(facts[name]) for name in _TENSORS}
+        guidance = None if facts["guidance"] is None else tuple(facts["guidance"])
+        given = Given(
+            **tensors,
+            guidance=guidance,
+            targets=facts["targets"],
+            times=tuple(facts["times"]),
+            adapted=facts["adapted"],
+        )
+        found = [_lora(one) for one in facts["loras"]]
+        sets = [tuple(found[i] for i in numbers) for numbers in facts["sets"]]
+        self.rack.hang(sets, None if facts["together"] is None else tuple(found[i] for i in facts["together"]))
+        self._last = given, self._share(given)
+
+    def _cause(self, error: BaseException) -> BaseException:
+        """What another rank says that it failed of, where one does: a closed connection here is only the echo."""
+        if isinstance(error, RuntimeError) and not isinstance(error, Failure):
+            try:
+                for _ in range(4):  # the word may come a moment after the echo
+                    self.team.check()
+                    time.sleep(LOOK)
+            except RuntimeError as told:
+                return told if isinstance(told, Failure) else error
+        return error
+
+
+def spread(runtime: Runtime, team: Team, attend: Attend, make: Callable[[Attend], Executor]) -> Spread:
+    """The executor of a runtime over a team; on ranks above 0 this never returns: they serve, and end with rank 0.
+
+    ``attend`` and ``make`` as in :class:`Spread`. Raises BadInput where the heads do not divide.
+    """
+    runtime.loras = rack = Recorded(runtime.loras)
+    found = Spread(team, rack, attend, make)
+    if team.rank:
+        found.serve()
+        team.leave()
+        sys.exit(0)
+
+    @atexit.register
+    def end() -> None:
+        with suppress(RuntimeError):  # a launcher that is gone has nobody to tell
+            found.stop()
+            team.leave()
+
+    return found
+
+
+def _facts(img: Tensor, t: Sequence[float], given: Given | None, rack: Recorded) -> dict[str, Any]:
+    """A pass in JSON; numbers survive it to the bit."""
+    facts: dict[str, Any] = {"img": _like(img), "t": list(t), "given": None}
+    if given is not None:
+        sets, together = rack.asked
+        loras = list(dict.fromkeys((*(together or ()), *(one for found in sets for one in found))))
+        facts["given"] = {
+            **{name: _like(getattr(given, name)) for name in _TENSORS},
+            "guidance": given.guidance,
+            "targets": given.targets,
+            "times": given.times,
+            "adapted": given.adapted,
+            "loras": [{**vars(one), "path": str(one.path.absolute())} for one in loras],
+            "sets": [[loras.index(one) for one in found] for found in sets],
+            "together": None if together is None else [loras.index(one) for one in together],
+        }
+    return facts
+
+
+def _like(x: Tensor) -> tuple[list[int], str]:
+    return list(x.shape), str(x.dtype).removeprefix("torch.")
+
+
+def _lora(facts: dict[str, Any]) -> ResolvedLora:
+    blocks = tuple((key, value) for key, value in facts["blocks"])
+    return ResolvedLora(**{**facts, "path": Path(facts["path"]), "blocks": blocks})
