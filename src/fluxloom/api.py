@@ -70,7 +70,7 @@ def load(
     Raises UnknownModel for another reference, BadInput for another device or dtype, WeightsError where files are
     missing, damaged or do not fit, and Failure where a hub cannot be reached or refuses.
     """
-    where = _device(device)
+    where = device_named(device)
     recipe = Recipe(executor, linears, attention)
     name = dtype or ("float32" if where.type == "cpu" else "bfloat16")
     if name not in _DTYPES:
@@ -251,7 +251,8 @@ def _runtime(
     return assemble(located, where, dtype, variant, progress)
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device of a name, or of ``auto``. Raises BadInput for what is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

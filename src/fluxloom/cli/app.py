@@ -18,7 +18,7 @@ class Commands(Mapping[str, Any]):
 
     names = (
         "generate", "edit", "batch", "session", "replay", "verify", "info", "convert", "models", "templates",
-        "lora", "world", "train", "evals", "demo",
+        "lora", "world", "train", "evals", "bench", "demo",
     )  # fmt: skip
 
     def __getitem__(self, name: str) -> Any:
