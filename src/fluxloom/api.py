@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -17,11 +18,13 @@ from fluxloom.errors import BadInput, UnknownModel
 from fluxloom.infer.finish import Box, Finisher, Maker, boxed
 from fluxloom.infer.pictures import read
 from fluxloom.infer.pipeline import Pipeline
+from fluxloom.infer.plan import SPARE, Plan, fit, foresee, parse_bytes
 from fluxloom.infer.preview import Preview, load_decoder
 from fluxloom.infer.replay import Replay, replay
 from fluxloom.infer.request import Picture, PromptWarning, Reference, Request, Result
 from fluxloom.infer.runtime import Runtime
-from fluxloom.speed.recipe import Recipe, apply
+from fluxloom.infer.work import Work
+from fluxloom.speed.recipe import Recipe, SpeedWarning, apply
 from fluxloom.weights.load import ASSETS, CARD, read_card
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ def load(
     linears: str | None = None,
     attention: str = "auto",
     gpus: int = 1,
+    vram: str | None = None,
 ) -> Loom:
     """Load a model.
 
@@ -64,6 +68,8 @@ def load(
     gpus       how many GPUs compute each picture together, one process each: `torchrun --nproc-per-node 2 ...` starts
                them, and `fluxloom generate --gpus 2` by itself. In all but the first this never returns: they lend
                their GPU until the first one ends
+    vram       how much of a GPU's memory to stay under, such as ``12GB``; unless given, what is free. What does not fit
+               beside a picture of the model's own size waits in host memory: :mod:`fluxloom.infer.plan`, ``Loom.plan``
     revision, offline, token, progress    of what comes from a hub: see :func:`fluxloom.weights.hub.resolve`;
                ``progress`` also counts the tensors of each component as they are loaded
 
@@ -77,12 +83,19 @@ def load(
         raise BadInput(f"got dtype {dtype!r}, allowed {', '.join(_DTYPES)}, try float32")
     if not os.fspath(reference):
         raise UnknownModel(f"got an empty model reference, allowed {', '.join(MODELS)}, a folder or a file, try nano")
+    cap = _cap(vram, where, gpus)
+    whole = cap is None or cap >= _enough(name)
 
     def loaded(where: torch.device, team: Team | None = None) -> Loom:
         hub = {"revision": revision, "offline": offline, "token": token}
-        runtime = _runtime(reference, where, _DTYPES[name], variant, progress, preview_decoder, base, hub)
-        apply(runtime, recipe, team)
-        return Loom(Pipeline(runtime, MAKERS)).previewed(preview_decoder)
+        place = where if whole else torch.device("cpu")
+        runtime = _runtime(reference, place, _DTYPES[name], variant, progress, preview_decoder, base, hub)
+        plan = None if whole else fit(runtime.spec, cap, linears=linears, dtype=name)
+        apply(runtime, _planned(recipe, plan), team, plan, where)
+        if plan is not None:
+            spec = runtime.spec
+            runtime.allows = lambda one: foresee(plan, spec, Work.of(one, spec, len(one.loras)), dtype=name)
+        return Loom(Pipeline(runtime, MAKERS), plan).previewed(preview_decoder)
 
     if gpus == 1:
         return loaded(where)
@@ -95,8 +108,8 @@ def load(
 class Loom:
     """A loaded model. Pictures go in as paths, PIL images or earlier results."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.pipeline = pipeline
+    def __init__(self, pipeline: Pipeline, plan: Plan | None = None) -> None:
+        self.pipeline, self.plan = pipeline, plan
 
     def previewed(self, decoder: str | os.PathLike[str] | None) -> Loom:
         """With TAEF1 of a file for glances (Preview.quick); None: as it is."""
@@ -223,6 +236,29 @@ def _own(reference: str | os.PathLike[str]) -> tuple[ModelSpec, Path] | None:
     if name not in MODELS:
         raise UnknownModel(f"got a card of model {name!r} in {folder}, allowed {', '.join(MODELS)}, try nano")
     return MODELS[name], folder
+
+
+def _cap(vram: str | None, device: torch.device, gpus: int) -> int | None:
+    """Bytes of a GPU to stay under: those asked for, or those that are free; None: no matter. Raises BadInput."""
+    if vram is not None and (device.type != "cuda" or gpus > 1):
+        where = f"{gpus} GPUs" if gpus > 1 else device.type
+        raise BadInput(f"got vram {vram!r} for {where}, allowed for one GPU, try device='cuda', or without it")
+    if device.type != "cuda" or gpus > 1:
+        return None
+    return int(torch.cuda.mem_get_info(device)[0]) if vram is None else parse_bytes(vram)
+
+
+def _enough(dtype: str) -> int:
+    """Bytes with which any member stays on the device whole."""
+    return round(max(fit(row, None, dtype=dtype).peak for row in MODELS.values()) / SPARE)
+
+
+def _planned(recipe: Recipe, plan: Plan | None) -> Recipe:
+    """The recipe with the 8-bit products that a plan took because nothing exact fits: the user is told."""
+    if plan is None or plan.linears == recipe.linears:
+        return recipe
+    warnings.warn(next(word for word in plan.words if "lossy" in word), SpeedWarning, stacklevel=4)
+    return replace(recipe, linears=plan.linears)
 
 
 def _runtime(

@@ -226,7 +226,10 @@ def test_states_of_a_request_are_what_the_journal_is_about(loom: Loom, folder: P
     lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
     assert len({line.get("key") for line in lines}) == len(lines) == 2 + len(changes)
     assert verify(out / "a.jpg").state == "intact"
-    assert workflow.FIELDS.keys() == {"negative", "prompt_t5", "width", "height", *_NUMBERS, "solver", "shift", "seed"}
+    assert workflow.FIELDS.keys() == {
+        *("negative", "prompt_t5", "width", "height", "solver", "shift", "seed", "quality", "tolerance"),
+        *_NUMBERS,
+    }
 
 
 _NUMBERS = ("steps", "guidance", "true_cfg", "text_length")

@@ -200,3 +200,19 @@ def test_an_edit_of_an_edit_names_its_parents(pipeline: Pipeline, tmp_path: Path
     assert second.receipt.data["inputs"][0]["receipt"] == first.receipt.id
     assert third.receipt.data["inputs"][0]["receipt"] == second.receipt.id
     assert third.receipt.data["inputs"][0]["pixels"] == pixel_hash(second.image)
+
+
+def test_a_runtime_may_refuse_what_does_not_fit(pipeline: Pipeline, runtime: Runtime, forwards: list[int]) -> None:
+    def allows(request: Any) -> None:
+        if request.width > 64:
+            raise BadInput(f"got {request.width} pixels")
+
+    runtime.allows = allows
+    try:
+        draw(pipeline, width=64, height=64, steps=1)
+        done = len(forwards)
+        with pytest.raises(BadInput, match="got 80 pixels"):
+            draw(pipeline, width=80, height=64, steps=1)
+        assert len(forwards) == done
+    finally:
+        runtime.allows = None

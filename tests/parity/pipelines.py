@@ -32,6 +32,7 @@ from fluxloom.core.specs import MODELS, ModelSpec
 from fluxloom.core.text import TextStates
 from fluxloom.core.transformer import Transformer
 from fluxloom.infer import conditions, sample
+from fluxloom.infer.executor import Plain
 from fluxloom.infer.loras import Rack
 from fluxloom.infer.request import Request, resolve
 from fluxloom.infer.runtime import Runtime
@@ -129,7 +130,7 @@ class Scene:
         runtime = Runtime.__new__(Runtime)
         runtime.spec, runtime.transformer, runtime.autoencoder = self.spec, self.model, self.vae
         runtime.device, runtime.dtype, runtime.redux = torch.device("cpu"), torch.float32, self.redux
-        runtime.loras = Rack(self.model, self.spec)
+        runtime.loras, runtime.executor, runtime._lately = Rack(self.model, self.spec), Plain(self.model), {}
         return runtime
 
     def conditions(self, **more: Any) -> conditions.Conditioning:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from fluxloom.api import load
 from fluxloom.errors import BadInput, Failure
+from fluxloom.infer.plan import fit
 from fluxloom.speed.linear8 import Linear8
 from fluxloom.speed.recipe import Recipe, apply
 
@@ -77,3 +80,33 @@ def test_on_a_gpu(linears: str | None) -> None:
     assert torch.equal(*(torch.tensor(np.array(one.image)) for one in (picture, again)))
     edited = quick.edit(picture, "make it blue", seed=2)
     assert edited.image.size == (128, 128)
+
+
+def test_a_plan_is_carried_out() -> None:
+    wanted, _ = picture(executor="fused")
+    loom = load("nano")
+    runtime = loom.pipeline.runtime
+    plan = replace(
+        fit(runtime.spec, None, dtype="float32"),
+        stays=frozenset({"towers"}),
+        streamed=tuple(range(10)),
+        modulation=True,
+    )
+    apply(runtime, Recipe("fused"), plan=plan, device=torch.device("cpu"))
+    assert np.array_equal(np.asarray(loom.generate("a red car", **QUICK).image).astype(int), wanted)
+    with pytest.raises(BadInput, match="got executor 'captured'"):
+        apply(load("nano").pipeline.runtime, Recipe("captured"), plan=plan, device=torch.device("cpu"))
+
+
+def test_memory_is_a_word_for_gpus() -> None:
+    with pytest.raises(
+        BadInput, match="got vram '12GB' for cpu, allowed for one GPU, try device='cuda', or without it"
+    ):
+        load("nano", vram="12GB")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_cap_is_kept_or_refused() -> None:
+    with pytest.raises(BadInput, match=r"got 0\.5 GB of memory for nano"):
+        load("nano", "cuda", vram="500MB")
+    load("nano", "cuda", vram="4GB").generate("a red car", **QUICK)

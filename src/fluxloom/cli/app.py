@@ -17,7 +17,7 @@ class Commands(Mapping[str, Any]):
     """``fluxloom.cli.<name>`` has the command <name>."""
 
     names = (
-        "generate", "edit", "batch", "session", "replay", "verify", "info", "convert", "models", "templates",
+        "generate", "edit", "batch", "session", "replay", "verify", "info", "convert", "models", "plan", "templates",
         "lora", "world", "train", "evals", "bench", "demo",
     )  # fmt: skip
 

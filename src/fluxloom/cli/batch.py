@@ -63,6 +63,7 @@ def batch(
     executor: options.Executor = "auto",
     linears: options.Linears = None,
     attention: options.Attention = "auto",
+    vram: options.Vram = None,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:

@@ -47,7 +47,7 @@ def load(model: str, device: str = "cpu", threads: int | None = None, dtype: str
 
 def loaded(given: Mapping[str, Any], watch: Watch) -> Loom:
     """The model that the options of a command ask for, ``given`` by name."""
-    names = ("variant", "base", "offline", "preview_decoder", "executor", "linears", "attention", "gpus")
+    names = ("variant", "base", "offline", "preview_decoder", "executor", "linears", "attention", "gpus", "vram")
     more = {name: given[name] for name in names if name in given}
     return load(given["model"], given["device"], given["threads"], given["dtype"], progress=watch.part, **more)
 

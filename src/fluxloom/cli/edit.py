@@ -49,6 +49,7 @@ def edit(
     executor: options.Executor = "auto",
     linears: options.Linears = None,
     attention: options.Attention = "auto",
+    vram: options.Vram = None,
     out: options.Out = None,
     force: options.Force = False,
     session: options.Session = None,

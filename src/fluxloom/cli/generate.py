@@ -49,6 +49,7 @@ def generate(
     executor: options.Executor = "auto",
     linears: options.Linears = None,
     attention: options.Attention = "auto",
+    vram: options.Vram = None,
     out: options.Out = None,
     force: options.Force = False,
     receipt: options.Receipt = True,

@@ -103,6 +103,10 @@ Attention = Annotated[
     str, _computing("--attention", help="auto, cudnn, fa3, flash, efficient, torch, math or fa3-fp8 (lossy).")
 ]
 Gpus = Annotated[int, _computing("--gpus", metavar="N", help="GPUs that compute each picture together.")]
+Vram = Annotated[
+    str | None,
+    _computing("--vram", metavar="SIZE", help="Stay under this much memory of the GPU: 12GB; default: what is free."),
+]
 Threads = Annotated[int | None, _computing("--threads", help="Threads of the processor; default: one a core.")]
 Out = Annotated[
     Path | None,

@@ -90,6 +90,7 @@ def generate(
     executor: options.Executor = "auto",
     linears: options.Linears = None,
     attention: options.Attention = "auto",
+    vram: options.Vram = None,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
@@ -133,6 +134,7 @@ def edit(
     executor: options.Executor = "auto",
     linears: options.Linears = None,
     attention: options.Attention = "auto",
+    vram: options.Vram = None,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
@@ -163,7 +165,7 @@ def shortcut(given: Mapping[str, Any], folder: Path, image: Path, instruction: s
 
     passed = {name: given[name] for name in signature(edit).parameters if name in given and name != "instruction"}
     others = [name for name in given if name not in (*passed, "image", "instruction", "session")]
-    unused = [name for name in others if given[name] not in (None, False, "", [], ()) and name != "receipt"]
+    unused = [name for name in others if given[name] not in (None, False, "", [], (), 1) and name != "receipt"]
     unused += [] if given.get("receipt", True) else ["no-receipt"]
     if unused:
         flag = f"--{unused[0].replace('_', '-')}"

@@ -96,6 +96,8 @@ class Pipeline:
     def _resolved(self, request: Request, finishers: Sequence[Finisher]) -> Resolved:
         """A request checked with all that it needs: LoRAs that do not fit are found out here."""
         found = resolve(request, self.runtime.spec)
+        if self.runtime.allows is not None:
+            self.runtime.allows(found)
         for lora in found.loras:
             self.runtime.loras.read(lora)
         check(found, finishers)

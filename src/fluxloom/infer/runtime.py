@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from fluxloom.infer.executor import Executor, Given, Plain
 from fluxloom.infer.loras import Rack, ResolvedLora
 from fluxloom.infer.reading import OwnTower, Reader
 from fluxloom.infer.receipt import processor, system
+from fluxloom.infer.request import Resolved
 from fluxloom.infer.sample import Evaluate
 from fluxloom.weights.load import VOCABULARY, build, load_folder, part, verified
 
@@ -35,7 +36,10 @@ _LATELY = 8  # requests of different sizes that are drawn in step: each finds wh
 @dataclass
 class Runtime:
     """One loaded model. The transformer computes in ``dtype``; the autoencoder, whose cost is small, in float32; the
-    reader in the dtype of its weights."""
+    reader in the dtype of its weights.
+
+    allows  raises BadInput for a request that does not fit as the weights lie; None: whatever the model can do
+    """
 
     spec: ModelSpec
     transformer: Transformer
@@ -46,6 +50,7 @@ class Runtime:
     dtype: torch.dtype = torch.float32
     redux: Redux | None = None
     previewer: TinyDecoder | None = None
+    allows: Callable[[Resolved], object] | None = None
     executor: Executor = field(init=False, repr=False)
     loras: Rack = field(init=False, repr=False)
     _lately: dict[Any, Given] = field(init=False, repr=False, default_factory=dict)

@@ -55,9 +55,7 @@ class Walk(nn.Module):
         self.parities = nn.ParameterDict()
         for name, module in self.of.named_modules():
             if isinstance(module, Upsample):
-                taps = by_parity(module.conv.weight.detach()).contiguous(
-                    memory_format=torch.channels_last
-                )
+                taps = by_parity(module.conv.weight.detach()).contiguous(memory_format=torch.channels_last)
                 self.parities[name.replace(".", " ")] = nn.Parameter(taps, requires_grad=False)
         self.names = {module: name.replace(".", " ") for name, module in self.of.named_modules()}
 

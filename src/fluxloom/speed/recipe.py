@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from fluxloom.errors import BadInput
 from fluxloom.infer.executor import Executor, Plain
 from fluxloom.infer.runtime import Runtime
 
 if TYPE_CHECKING:
+    from fluxloom.infer.plan import Plan
     from fluxloom.speed.attention import Attend
     from fluxloom.speed.team import Team
 
@@ -48,27 +51,47 @@ class Recipe:
             raise BadInput(f"got attention {self.attention!r} with executor 'plain', which has its own, try fused")
 
 
-def apply(runtime: Runtime, recipe: Recipe, team: Team | None = None) -> None:
-    """Let a runtime compute as a recipe says, over the GPUs of a team where there is one.
+def apply(
+    runtime: Runtime,
+    recipe: Recipe,
+    team: Team | None = None,
+    plan: Plan | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Let a runtime compute as a recipe says, over the GPUs of a team where there is one; with a plan on a device, into
+    whose memory it fits its weights.
 
     8-bit linears exchange weights, which only loading anew undoes; all else is undone by another recipe. Raises
     BadInput for what this machine cannot do.
     """
+    device = device or runtime.device
     if recipe.linears is not None:
         from fluxloom.speed.linear8 import quantise, supported
 
-        form, why = supported(recipe.linears, runtime.device)
+        form, why = supported(recipe.linears, device)
         if why:
             warnings.warn(why, SpeedWarning, stacklevel=2)
         quantise(runtime.transformer, form)
-    runtime.executor = _executor(runtime, recipe, team)
-    if runtime.device.type == "cuda" and runtime.dtype == torch.bfloat16 and recipe.executor != "plain":
+    if device.type == "cuda" and runtime.dtype == torch.bfloat16 and recipe.executor != "plain":
         from fluxloom.speed import pictures
 
-        pictures.apply(runtime.autoencoder)
+        pictures.apply(runtime.autoencoder.to(device))
+    if plan is None:
+        runtime.executor = _executor(runtime, recipe, team)
+        return
+    from fluxloom.speed import offload
+
+    offload.apply(runtime, plan, device, lambda blocks: _executor(runtime, recipe, None, blocks, plan.resident))
 
 
-def _executor(runtime: Runtime, recipe: Recipe, team: Team | None) -> Executor:
+def _executor(
+    runtime: Runtime,
+    recipe: Recipe,
+    team: Team | None,
+    blocks: Iterable[nn.Module] | None = None,
+    resident: bool = True,
+) -> Executor:
+    """``blocks``: lent one after another; ``resident``: whether the weights keep their places, as graphs want it."""
     gpu = runtime.device.type == "cuda"
     wanted = recipe.executor
     if team is not None and wanted == "plain":
@@ -76,9 +99,12 @@ def _executor(runtime: Runtime, recipe: Recipe, team: Team | None) -> Executor:
     if wanted == "auto" and team is not None:
         wanted = "fused"
     if wanted == "auto":
-        wanted = "captured" if gpu else "plain" if recipe.attention == "auto" else "fused"
+        here = "captured" if gpu else "plain" if recipe.attention == "auto" else "fused"
+        wanted = here if resident else "fused"
     if wanted == "plain":
         return Plain(runtime.transformer)
+    if wanted == "captured" and not resident:
+        raise BadInput("got executor 'captured' for weights that come and go, allowed for those that stay, try fused")
     if wanted == "captured" and not gpu:
         raise BadInput(f"got executor 'captured' on {runtime.device.type}, allowed on a GPU, try fused")
     from fluxloom.speed.attention import backend_for
@@ -90,7 +116,7 @@ def _executor(runtime: Runtime, recipe: Recipe, team: Team | None) -> Executor:
     attend = backend_for(like, runtime.transformer.spec.head_dim, recipe.attention)
 
     def make(attend: Attend) -> Executor:
-        fused = Fused(runtime.transformer, attend, ops_for(runtime.device))
+        fused = Fused(runtime.transformer, attend, ops_for(runtime.device), blocks)
         return Captured(fused) if wanted == "captured" else fused
 
     if team is not None:
