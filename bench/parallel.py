@@ -1,0 +1,113 @@
+"""One denoise step on one GPU and on several: milliseconds, speed-up, and how far apart the velocities are.
+
+    torchrun --standalone --nproc-per-node 2 bench/parallel.py --out bench/results/DATE-parallel.json
+    ... bench/parallel.py --toy                                 # on processors, a toy of the same class
+
+Random weights at full size; with and without a reference, fused and captured, the exchange in one part and in two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxloom.bench.subject import Step, error, random_module
+from fluxloom.bench.timing import measure
+from fluxloom.core.specs import MODELS, ModelSpec
+from fluxloom.core.transformer import Transformer
+from fluxloom.infer.executor import Executor
+from fluxloom.infer.loras import Rack
+from fluxloom.speed.attention import Attend, backend_for
+from fluxloom.speed.fused import Fused
+from fluxloom.speed.graphs import Captured
+from fluxloom.speed.linear8 import quantise
+from fluxloom.speed.ops import ops_for
+from fluxloom.speed.parallel import Recorded, Spread
+from fluxloom.speed.team import Team, join, together
+
+ROW = MODELS["flux1-kontext-dev"]
+TOY = replace(
+    ROW.transformer,
+    hidden_size=192,
+    num_heads=24,
+    axes_dim=(2, 2, 4),
+    depth=1,
+    depth_single_blocks=2,
+    context_in_dim=64,
+)
+
+
+def compared(
+    team: Team, spec: ModelSpec, model: Transformer, make: Callable[[Attend], Executor], step: Step, chunks: int
+) -> dict[str, Any]:
+    """A row on rank 0; the others serve, and give an empty one."""
+    like = step.img[:0]
+    attend = backend_for(like, spec.transformer.head_dim)
+    spread = Spread(team, Recorded(Rack(model, spec)), attend, make, chunks)
+    if team.rank:
+        spread.serve()
+        return {}
+
+    def velocity(executor: Executor) -> Tensor:
+        return executor(step.img, step.t, step.given)
+
+    alone = make(attend)
+    one, many = (measure(lambda e=e: velocity(e), team.device) for e in (alone, spread))
+    apart = error(velocity(spread), velocity(alone))
+    spread.stop()
+    return {
+        "executor": spread.name, "chunks": chunks, "one_ms": one.median, **many.facts(),
+        "speed_up": one.median / many.median, "apart": apart,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--toy", action="store_true")
+    given = parser.parse_args()
+    team = join(torch.device("cpu" if given.toy else "cuda"))
+    dtype = torch.float32 if given.toy else torch.bfloat16
+    spec = replace(ROW, transformer=TOY, text_length=32) if given.toy else ROW
+    size = (64, 64) if given.toy else (1024, 1024)
+    rows: list[dict[str, Any]] = []
+    with together(team), torch.inference_mode():
+        model = random_module(lambda: Transformer(spec.transformer), team.device, dtype)
+        ops = ops_for(team.device)
+        makes: dict[str, Callable[[Attend], Executor]] = {"fused": lambda attend: Fused(model, attend, ops)}
+        if not given.toy:
+            makes["captured"] = lambda attend: Captured(Fused(model, attend, ops))
+        for linears in (None,) if given.toy else (None, "fp8"):
+            if linears is not None:
+                quantise(model, linears)
+            for references in (0, 1):
+                step = Step.of(spec, size, [size] * references, 1, team.device).to(dtype)
+                for name, make in makes.items():
+                    for chunks in (1, 2):
+                        if (24 // team.size) % chunks:
+                            continue
+                        row = compared(team, spec, model, make, step, chunks)
+                        if row:
+                            rows.append({"references": references, "linears": linears, "by": name, **row})
+                            print(json.dumps(rows[-1]), flush=True)
+    if not team.rank and given.out is not None:
+        about = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": "processor" if given.toy else f"{team.size} x {torch.cuda.get_device_name()}",
+            "torch": torch.__version__,
+            "rows": rows,
+        }
+        given.out.write_text(json.dumps(about, indent=1) + "\n")
+    team.leave()
+
+
+if __name__ == "__main__":
+    main()
