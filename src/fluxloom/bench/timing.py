@@ -85,6 +85,7 @@ def peak(device: torch.device) -> Iterator[Peak]:
     found = Peak()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with contextlib.suppress(OSError):
@@ -92,7 +93,8 @@ def peak(device: torch.device) -> Iterator[Peak]:
     yield found
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        found.bytes = torch.cuda.max_memory_allocated(device)
+        # Reserved, not allocated: what a graph computes in lies in its own pool, and is allocated to nobody.
+        found.bytes = torch.cuda.max_memory_reserved(device)
     else:
         found.bytes = _resident_peak()
 

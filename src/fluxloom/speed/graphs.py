@@ -38,6 +38,7 @@ class Captured:
         self.fused, self.name, self.lossy = fused, f"{fused.name}, captured", fused.lossy
         self._shapes: dict[Hashable, _Captured] = {}  # the last used comes last
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, img: Tensor, t: Sequence[float], given: Given) -> Tensor:
         if given.adapted:
@@ -60,14 +61,17 @@ class Captured:
         """Run once outside of the default stream, then capture, on copies of the inputs."""
         own = img, mods, txt, cos, sin = cast(_Inputs, tuple(x.clone() for x in inputs))
         device = own[0].device
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM):
-                self.fused.run(img, mods, txt, cos, sin, targets)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            out = self.fused.run(img, mods, txt, cos, sin, targets)
+        with torch.cuda.device(device):  # capturing knows the current one alone
+            # One stream for all: a pool is shared by captures of one stream, and each stream has a workspace of cuBLAS.
+            stream = self._stream = self._stream or torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM):
+                    self.fused.run(img, mods, txt, cos, sin, targets)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            # What other threads do meanwhile (NCCL's watchdog asks for events) is none of the capture's business.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                out = self.fused.run(img, mods, txt, cos, sin, targets)
         return _Captured(graph, own, out)

@@ -76,10 +76,13 @@ class Linear8(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, linear: nn.Linear, form: str) -> Linear8:
-        """A layer in 8 bits, where it lies; the original is left as it is. Raises BadInput for an unknown form, and
-        Failure for weights that are not finite."""
-        codes, scale = _quantised(linear.weight.detach(), form)
+    def of(cls, linear: nn.Linear, form: str, device: torch.device | None = None) -> Linear8:
+        """A layer in 8 bits, where it lies, computed on a ``device``; the original is left as it is.
+
+        Raises BadInput for an unknown form, and Failure for weights that are not finite.
+        """
+        home = linear.weight.device
+        codes, scale = (x.to(home) for x in _quantised(linear.weight.detach().to(device or home), form))
         if not torch.isfinite(scale).all():
             raise Failure("got weights that are not finite, allowed finite ones, try loading the model anew")
         bias = None if (own := getattr(linear, "bias", None)) is None else own.detach()
@@ -113,6 +116,8 @@ class Linear8(nn.Module):
         """Scales by row give bf16, and take a bias of bf16 along. The faster sums keep about 14 bits inside the tensor
         cores (DeepSeek-V3 report, 2024, section 3.3.2); a code has 4."""
         inside = self.bias if self.bias is not None and self.bias.dtype == torch.bfloat16 else None
+        if rows.data_ptr() % 16:  # of tokens behind a text of odd length: cuBLAS takes no such scales (pytorch#159957)
+            rows = rows.clone()
         y = torch._scaled_mm(
             codes,
             self.codes.t(),
@@ -147,8 +152,11 @@ class Linear8(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, form={self.form}"
 
 
-def quantise(transformer: Transformer, form: str, keep: Collection[str] = KEEP) -> int:
-    """Rewrite the linear layers of a transformer in place, one by one; returns how many. Loading anew undoes it.
+def quantise(
+    transformer: Transformer, form: str, keep: Collection[str] = KEEP, device: torch.device | None = None
+) -> int:
+    """Rewrite the linear layers of a transformer in place, one by one, computing on a ``device``, by default theirs;
+    returns how many. Loading anew undoes it.
 
     ``keep``: parts of names (of ``double_blocks.0.img_mod.lin`` there are four) that stay as they are. Raises BadInput
     for an unknown form, Failure where this was done before, or where something (a LoRA) hangs on a layer.
@@ -161,7 +169,7 @@ def quantise(transformer: Transformer, form: str, keep: Collection[str] = KEEP) 
         raise Failure(f"got {hung} with a LoRA on it, allowed layers by themselves, try quantising before")
     for name, parent, layer in found:
         try:
-            setattr(parent, name.rpartition(".")[2], Linear8.of(layer, form))
+            setattr(parent, name.rpartition(".")[2], Linear8.of(layer, form, device))
         except Failure as error:
             raise Failure(f"{name}: {error}") from None
     return len(found)

@@ -11,6 +11,7 @@ Legend: B batch, L tokens, N heads, D head dimension, P ranks; a share is what a
 from __future__ import annotations
 
 import atexit
+import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -212,6 +213,7 @@ class Spread:
             self.team.heard()
         except BaseException as error:  # an interrupt, too: the others are in the middle of an exchange
             cause = self._cause(error)
+            self.forget()
             self.team.fail(cause)
             if cause is error:
                 raise
@@ -235,6 +237,11 @@ class Spread:
             self.team.settle()
 
     # ------------------------------------------------------------------------------------------------ on every rank
+
+    def forget(self) -> None:
+        """Let go of executors, before the team is left: NCCL waits for ever to end what a CUDA graph still holds."""
+        self._inners, self._last = {}, None
+        gc.collect()
 
     def _share(self, given: Given) -> _Share:
         ranks, own = self.team.size, self.team.rank
@@ -327,6 +334,7 @@ def spread(runtime: Runtime, team: Team, attend: Attend, make: Callable[[Attend]
     found = Spread(team, rack, attend, make)
     if team.rank:
         found.serve()
+        found.forget()
         team.leave()
         sys.exit(0)
 
@@ -334,6 +342,7 @@ def spread(runtime: Runtime, team: Team, attend: Attend, make: Callable[[Attend]
     def end() -> None:
         with suppress(RuntimeError):  # a launcher that is gone has nobody to tell
             found.stop()
+            found.forget()
             team.leave()
 
     return found

@@ -12,7 +12,8 @@ On a GPU the convolutions are nearly all the work (10.5 TFLOP to decode 1024 x 1
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import cast
 
@@ -61,7 +62,7 @@ class Walk(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         half = self.of
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
+        with _searched():
             h = half.conv_in(x.to(self.dtype, memory_format=torch.channels_last))
             if isinstance(half, Decoder):
                 h = self._middle(half.mid, h)
@@ -96,6 +97,17 @@ class Walk(nn.Module):
         return out
 
 
+@contextmanager
+def _searched() -> Iterator[None]:
+    """Let cuDNN try its algorithms, once a shape. Not by its flags(), which set TF32 too, and in the old way: of that
+    torch 2.9 and later warn."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def by_parity(weight: Tensor) -> Tensor:
     """Taps [4 O, I, 2, 2] of the four convolutions, (even, even), (even, odd), (odd, even), (odd, odd) rows and
     columns of the large picture, of a kernel [O, I, 3, 3] behind nearest-neighbour upsampling by two.
@@ -119,12 +131,11 @@ def upsampled(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution of x [B, I, h, w], doubled by nearest neighbours: [B, O, 2h, 2w], with taps of
     :func:`by_parity`."""
     batch, _, height, width = x.shape
-    padded = F.pad(x, (1, 1, 1, 1))
+    four = F.conv2d(x, taps, None if bias is None else bias.repeat(4), padding=1)  # [B, 4 O, h + 1, w + 1]
     out = x.new_empty(batch, 2 * height, 2 * width, len(taps) // 4).permute(0, 3, 1, 2)  # channels last
-    for parity, kernel in enumerate(taps.chunk(4)):
+    for parity, part in enumerate(four.chunk(4, dim=1)):
         row, column = divmod(parity, 2)
-        window = padded[:, :, row : row + height + 1, column : column + width + 1]
-        out[:, :, row::2, column::2] = F.conv2d(window, kernel, bias)
+        out[:, :, row::2, column::2] = part[:, :, row : row + height, column : column + width]
     return out
 
 

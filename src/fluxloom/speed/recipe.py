@@ -71,7 +71,7 @@ def apply(
         form, why = supported(recipe.linears, device)
         if why:
             warnings.warn(why, SpeedWarning, stacklevel=2)
-        quantise(runtime.transformer, form)
+        quantise(runtime.transformer, form, device=device)
     if device.type == "cuda" and runtime.dtype == torch.bfloat16 and recipe.executor != "plain":
         from fluxloom.speed import pictures
 
