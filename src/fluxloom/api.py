@@ -22,15 +22,13 @@ from fluxloom.infer.plan import SPARE, Plan, fit, foresee, parse_bytes
 from fluxloom.infer.preview import Preview, load_decoder
 from fluxloom.infer.replay import Replay, replay
 from fluxloom.infer.request import Picture, PromptWarning, Reference, Request, Result
-from fluxloom.infer.runtime import Runtime
+from fluxloom.infer.runtime import Runtime, device_named, dtype_named
 from fluxloom.infer.work import Work
 from fluxloom.speed.recipe import Recipe, SpeedWarning, apply
 from fluxloom.weights.load import ASSETS, CARD, read_card
 
 if TYPE_CHECKING:
     from fluxloom.speed.team import Team
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load(
@@ -78,9 +76,8 @@ def load(
     """
     where = device_named(device)
     recipe = Recipe(executor, linears, attention)
-    name = dtype or ("float32" if where.type == "cpu" else "bfloat16")
-    if name not in _DTYPES:
-        raise BadInput(f"got dtype {dtype!r}, allowed {', '.join(_DTYPES)}, try float32")
+    precision = dtype_named(dtype or None, where)
+    name = str(precision).removeprefix("torch.")
     if not os.fspath(reference):
         raise UnknownModel(f"got an empty model reference, allowed {', '.join(MODELS)}, a folder or a file, try nano")
     cap = _cap(vram, where, gpus)
@@ -89,7 +86,7 @@ def load(
     def loaded(where: torch.device, team: Team | None = None) -> Loom:
         hub = {"revision": revision, "offline": offline, "token": token}
         place = where if whole else torch.device("cpu")
-        runtime = _runtime(reference, place, _DTYPES[name], variant, progress, preview_decoder, base, hub)
+        runtime = _runtime(reference, place, precision, variant, progress, preview_decoder, base, hub)
         plan = None if whole else fit(runtime.spec, cap, linears=linears, dtype=name)
         apply(runtime, _planned(recipe, plan), team, plan, where)
         if plan is not None:
@@ -285,18 +282,3 @@ def _runtime(
         load_tiny_decoder(Path(preview_decoder))  # a wrong file is found out before 34 GB are read
     located = resolve(reference, variant=variant, progress=progress, base=base, **hub)
     return assemble(located, where, dtype, variant, progress)
-
-
-def device_named(name: str) -> torch.device:
-    """The device of a name, or of ``auto``. Raises BadInput for what is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise BadInput(f"got device {name!r}, allowed cpu, cuda or auto, try auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(f"got device {name!r}, allowed one of {torch.cuda.device_count()} GPUs here, try auto")
-    return device

@@ -29,7 +29,7 @@ from fluxloom.infer.request import Reference, Request
 from fluxloom.infer.runtime import Runtime
 from fluxloom.infer.weigh import weigh
 from fluxloom.speed import offload
-from fluxloom.speed.fused import Fused, modulations
+from fluxloom.speed.fused import Fused, modulation_layers, modulations
 from fluxloom.speed.linear8 import quantise
 from fluxloom.speed.offload import Offloaded, Packed, Ring, Streamed
 from fluxloom.speed.ops import ops_for
@@ -246,7 +246,7 @@ def test_the_bytes_of_a_plan_are_those_that_move(runtime: Runtime) -> None:
     whole = sum(tensor.nbytes for module in modules_of(runtime) for tensor in module.state_dict().values())
     assert leaving + sum(moving) == whole
     assert done.ring.slots[0].nbytes >= max(moving)
-    assert [id(one) for one in offload.modulations(runtime.transformer)] == _called(runtime.transformer)
+    assert [id(one) for one in modulation_layers(runtime.transformer)] == _called(runtime.transformer)
 
 
 def _called(transformer: Transformer) -> list[int]:

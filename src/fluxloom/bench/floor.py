@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxloom.bench.results import Row
 from fluxloom.bench.subject import SEED
 from fluxloom.bench.timing import measure
 from fluxloom.core.specs import TransformerSpec
@@ -282,3 +283,10 @@ def floor_of(way: Iterable[str], floor: dict[str, float], dtype: str) -> float |
     if "fa3-fp8" in words and "fp8+fa3-fp8" in floor:
         return floor["fp8+fa3-fp8"]
     return floor.get("fp8" if "fp8" in words else dtype)
+
+
+def beside(row: Row, least: float | None) -> Row:
+    """A row of a step with its floor, and how many times that it took."""
+    if least and "ms" in row:
+        row |= {"floor_ms": least, "times_floor": round(row["ms"] / least, 4)}
+    return row

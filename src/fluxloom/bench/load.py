@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from fluxloom.bench.results import Row
-from fluxloom.bench.subject import DTYPES, is_random
+from fluxloom.bench.subject import is_random
 from fluxloom.bench.timing import peak, synchronise
 from fluxloom.errors import BadInput
 from fluxloom.infer.runtime import Runtime
@@ -84,7 +84,7 @@ def run(
     from fluxloom.api import load
 
     paths = files_of(model)
-    name = next(name for name, kind in DTYPES.items() if kind is dtype)
+    name = str(dtype).removeprefix("torch.")
     torch.zeros(1, device=device)  # the device is awake
     for k in range(repeats):
         prepare(paths, cache)

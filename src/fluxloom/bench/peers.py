@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import IO
 
-from fluxloom.bench.floor import floor_of
+from fluxloom.bench.floor import beside, floor_of
 from fluxloom.bench.results import Row
 from fluxloom.bench.rivals import RIVALS
 from fluxloom.bench.worker import GROUND, OURS, Task, heard
@@ -86,9 +86,7 @@ class Comparison:
         words = name.removeprefix(OURS).replace(" ", "+").split("+")
         dtype = next((word for word in words if word in ("float32", "bfloat16")), self.task.dtype)
         least = floor_of(words, floor, dtype)
-        if least and "ms" in row:
-            row |= {"floor_ms": least, "times_floor": round(row["ms"] / least, 4)}
-        return {"peer": name, "ours": name.startswith(OURS), **row}
+        return {"peer": name, "ours": name.startswith(OURS), **beside(row, least)}
 
     def _of(self, task: Task, end: float) -> Iterator[Row]:
         left = end - time.monotonic()

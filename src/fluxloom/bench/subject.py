@@ -34,7 +34,6 @@ Module = TypeVar("Module", bound=nn.Module)
 # embeds them, and with other values would answer another question.
 TIME, GUIDANCE = 0.5, 4.0
 SEED = 7
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
@@ -122,8 +121,7 @@ def runtime(model: str, device: torch.device, dtype: torch.dtype, *, words: bool
     if not is_random(model):
         from fluxloom.api import load
 
-        name = next(name for name, kind in DTYPES.items() if kind is dtype)
-        return load(model, str(device), name).pipeline.runtime
+        return load(model, str(device), str(dtype).removeprefix("torch.")).pipeline.runtime
     return random_runtime(known(model), device, dtype, words=words)
 
 
@@ -238,22 +236,6 @@ def own_sizes(spec: ModelSpec, size: Size | None, references: int, reference: Si
             raise BadInput(f"got a side of {side} px, allowed multiples of {shapes.TOKEN}, try 1024")
     seen = reference or (shapes.nearest_size(1, 1, spec.preferred_sizes) if spec.preferred_sizes else own)
     return own, [seen] * references
-
-
-def device_of(name: str) -> torch.device:
-    """``cpu``, ``cuda``, ``cuda:1``; ``auto``: a GPU where there is one. Raises BadInput."""
-    from fluxloom.api import device_named
-
-    return device_named(name)
-
-
-def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
-    """By name; None: what :func:`fluxloom.load` takes on this device."""
-    if name is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise BadInput(f"got dtype {name!r}, allowed {', '.join(DTYPES)}, try float32")
-    return DTYPES[name]
 
 
 def folder_files(path: Path) -> list[Path]:

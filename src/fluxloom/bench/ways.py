@@ -17,16 +17,17 @@ from fluxloom.bench import subject
 from fluxloom.bench.subject import Step
 from fluxloom.errors import BadInput
 from fluxloom.infer.executor import Executor, Plain
-from fluxloom.infer.runtime import Runtime
+from fluxloom.infer.plan import LINEARS
+from fluxloom.infer.runtime import DTYPES, Runtime, dtype_named
 from fluxloom.speed.attention import BACKENDS
-from fluxloom.speed.recipe import EXECUTORS, LINEARS, Recipe, apply
+from fluxloom.speed.recipe import EXECUTORS, Recipe, apply
 
 FOREIGN = ("compiled", "onnx", "openvino")
 PARTS = {
     "executor": tuple(name for name in EXECUTORS if name != "auto") + FOREIGN,
     "linears": LINEARS,
     "attention": tuple(backend.name for backend in BACKENDS),
-    "dtype": tuple(subject.DTYPES),
+    "dtype": tuple(DTYPES),
 }
 # What is measured where nothing is asked for; what cannot run says why.
 USUAL = {
@@ -103,7 +104,7 @@ def _foreign_refusal(one: Way, found: Runtime) -> str | None:
 
 
 def _dtype(one: Way, found: Runtime) -> torch.dtype:
-    return subject.dtype_of(one.dtype, found.device)
+    return dtype_named(one.dtype, found.device)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from fluxloom.bench.subject import Step
 from fluxloom.bench.timing import measure, peak, seconds
 from fluxloom.bench.trace import kernels
 from fluxloom.bench.ways import ready, refusal, way
-from fluxloom.infer.runtime import Runtime
+from fluxloom.infer.runtime import DTYPES, Runtime
 
 MARK = "fluxloom-row "
 GROUND = "ground"  # the task that measures the machine and computes the truth
@@ -70,7 +70,7 @@ class Task:
 
 def rows(task: Task) -> Iterator[Row]:
     """The rows of a task, as they come; what goes wrong is a row with ``skipped``."""
-    device, dtype = torch.device(task.device), subject.DTYPES[task.dtype]
+    device, dtype = torch.device(task.device), DTYPES[task.dtype]
     began = time.perf_counter()
     try:
         if why := _refusal(task, device):

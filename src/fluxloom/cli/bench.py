@@ -107,12 +107,13 @@ def image(
     from fluxloom.bench import image as images
     from fluxloom.bench import subject
     from fluxloom.bench import ways as kinds
+    from fluxloom.infer.runtime import dtype_named
     from fluxloom.speed.recipe import apply
 
     given = _pair(drawing.size_fields(size))
     way = kinds.way(recipe) if recipe else None
     how = None if way is None else kinds.recipe(way)
-    found = subject.runtime(model, where, subject.dtype_of(way.dtype, where) if way and way.dtype else own, words=True)
+    found = subject.runtime(model, where, dtype_named(way.dtype, where) if way and way.dtype else own, words=True)
     drawn, _ = subject.own_sizes(found.spec, given, references, None)
     if how is not None:
         apply(found, how)
@@ -177,7 +178,10 @@ def floor(
     own_dtype = "bfloat16" if where.type == "cuda" else "float32"
     rows = steps.run(found, one, asked, repeats=repeats, told=_teller(quiet))
     _finish(
-        run, (_beside(row, floors.floor_of(row["recipe"].split("+"), least, own_dtype)) for row in rows), None, quiet
+        run,
+        (floors.beside(row, floors.floor_of(row["recipe"].split("+"), least, own_dtype)) for row in rows),
+        None,
+        quiet,
     )
 
 
@@ -249,17 +253,11 @@ def _begin(
 ) -> tuple[torch.device, torch.dtype]:
     """The device and the dtype, with the threads set."""
     _svg_only(plot)
-    import torch
+    from fluxloom.infer.runtime import device_named, dtype_named
 
-    from fluxloom.bench.subject import device_of, dtype_of
-
-    if threads is not None:
-        if not 1 <= threads <= drawing.MAX_THREADS:
-            most = drawing.MAX_THREADS
-            raise BadInput(f"got --threads {threads}, allowed 1 to {most}, try {torch.get_num_threads()}")
-        torch.set_num_threads(threads)
-    where = device_of(device)
-    return where, dtype_of(dtype, where)
+    drawing.set_threads(threads)
+    where = device_named(device)
+    return where, dtype_named(dtype, where)
 
 
 def _svg_only(path: Path | None) -> None:
@@ -280,12 +278,6 @@ def _results(what: str, where: torch.device, path: Path | None, **facts: Any) ->
     from fluxloom.bench.results import Results
 
     return Results.begin(what, where, path, **facts)
-
-
-def _beside(row: dict[str, Any], least: float | None) -> dict[str, Any]:
-    if least and "ms" in row:
-        row |= {"floor_ms": least, "times_floor": round(row["ms"] / least, 4)}
-    return row
 
 
 def _finish(run: Results, rows: Iterable[dict[str, Any]], plot: Path | None, quiet: bool) -> None:

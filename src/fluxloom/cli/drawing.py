@@ -34,15 +34,21 @@ def load(model: str, device: str = "cpu", threads: int | None = None, dtype: str
     # neither (measured, nano at 256 x 256, two threads on two cores, alone and two at a time).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    import torch
 
     from fluxloom.api import load as load_model
+
+    set_threads(threads)
+    return load_model(model, device, dtype, **more)
+
+
+def set_threads(threads: int | None) -> None:
+    """As ``--threads`` says; None: as many as torch takes by itself."""
+    import torch
 
     if threads is not None:
         if not 1 <= threads <= MAX_THREADS:
             raise BadInput(f"got --threads {threads}, allowed 1 to {MAX_THREADS}, try {torch.get_num_threads()}")
         torch.set_num_threads(threads)
-    return load_model(model, device, dtype, **more)
 
 
 def loaded(given: Mapping[str, Any], watch: Watch) -> Loom:

@@ -35,7 +35,7 @@ HELD_BACK = 1.05  # seconds of a streamed step over the longer of computing and 
 SPARE = 0.95  # of a cap: the part that is planned with, as predictions err
 TILE = 72  # latent cells of a tile of the autoencoder at most: two by two make 1024 x 1024
 OVERLAP = 16  # latent cells that neighbouring tiles share at least
-FORMS = ("fp8", "int8")
+LINEARS = ("fp8", "int8")
 # Widths of the model that a token holds at the fullest point of a pass. A single block of the fused sequence: x, its
 # input, the 7 of its first product, what it attended to and, beside that, the MLP's (5), and what comes out; in 8 bits
 # the inputs of products are half as wide. Core's own forward makes more copies.
@@ -119,12 +119,12 @@ def fit(
     where nothing else fits. Raises BadInput where no plan fits, with the least that would do, and for a form that the
     machine has not.
     """
-    if linears is not None and linears not in FORMS:
-        raise BadInput(f"got linears {linears!r}, allowed {', '.join(FORMS)}, try leaving it out")
+    if linears is not None and linears not in LINEARS:
+        raise BadInput(f"got linears {linears!r}, allowed {', '.join(LINEARS)}, try leaving it out")
     if linears is not None and linears not in machine.products:
         raise BadInput(f"got linears {linears!r}, which {machine.name} has no products for, try leaving it out")
     work = work or Work.typical(spec)
-    forms = (linears,) if linears else (None, *(form for form in FORMS if form in machine.products))
+    forms = (linears,) if linears else (None, *(form for form in LINEARS if form in machine.products))
     whole = _Choice(linears=linears, stays=frozenset(_parts(spec)))
     if vram is None or not machine.upload:
         plans = [_plan(spec, work, machine, dtype, whole)]

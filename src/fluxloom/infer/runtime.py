@@ -19,7 +19,7 @@ from fluxloom.core.specs import ModelSpec, TextSpec
 from fluxloom.core.text import TextStates, TextTower, Tokenizer
 from fluxloom.core.tiny_decoder import TinyDecoder
 from fluxloom.core.transformer import Transformer
-from fluxloom.errors import Failure, WeightsError
+from fluxloom.errors import BadInput, Failure, WeightsError
 from fluxloom.infer import pictures
 from fluxloom.infer.conditions import Row
 from fluxloom.infer.executor import Executor, Given, Plain
@@ -30,6 +30,7 @@ from fluxloom.infer.request import Resolved
 from fluxloom.infer.sample import Evaluate
 from fluxloom.weights.load import VOCABULARY, build, load_folder, part, verified
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _LATELY = 8  # requests of different sizes that are drawn in step: each finds what it gave before
 
 
@@ -198,3 +199,27 @@ def _tokenizer(folder: Path, spec: TextSpec) -> Tokenizer:
     if len(words) != spec.vocab_size or len(set(words)) != spec.vocab_size:
         raise WeightsError(f"got {len(set(words))} different words in {path}, allowed {spec.vocab_size}, try another")
     return tokenizer
+
+
+def device_named(name: str) -> torch.device:
+    """The device of a name, or of ``auto``. Raises BadInput for what is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise BadInput(f"got device {name!r}, allowed cpu, cuda or auto, try auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadInput(f"got device {name!r}, allowed one of {torch.cuda.device_count()} GPUs here, try auto")
+    return device
+
+
+def dtype_named(name: str | None, device: torch.device) -> torch.dtype:
+    """By name; None: float32 on a processor, bfloat16 on a GPU. Raises BadInput."""
+    if name is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise BadInput(f"got dtype {name!r}, allowed {', '.join(DTYPES)}, try float32")
+    return DTYPES[name]

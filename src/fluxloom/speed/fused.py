@@ -196,11 +196,15 @@ def modulations(transformer: Transformer, vec: Tensor) -> Tensor:
     """All shifts, scales and gates [R, M] of conditioning vectors [R, D], in the order of the forward pass: of each
     double block six for the image and six for the text, of each single block three, and two of the last layer."""
     silu = F.silu(vec)
+    return torch.cat([layer(silu) for layer in modulation_layers(transformer)], dim=-1)
+
+
+def modulation_layers(transformer: Transformer) -> list[nn.Module]:
+    """The layers that :func:`modulations` asks, in its order."""
     doubles = [cast(DoubleBlock, block) for block in transformer.double_blocks]
     mods = [mod for block in doubles for mod in (block.img_mod, block.txt_mod)]
     mods += [cast(SingleBlock, block).modulation for block in transformer.single_blocks]
-    layers = [*(mod.lin for mod in mods), transformer.final_layer.adaLN_modulation[1]]
-    return torch.cat([layer(silu) for layer in layers], dim=-1)
+    return [*(mod.lin for mod in mods), transformer.final_layer.adaLN_modulation[1]]
 
 
 class _Vectors:

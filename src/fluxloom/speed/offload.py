@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from fluxloom.core.t5 import T5Encoder
-from fluxloom.core.transformer import Transformer
 from fluxloom.errors import Failure
 from fluxloom.infer.executor import Executor, Given, Plain
 from fluxloom.infer.plan import Plan
 from fluxloom.infer.runtime import Runtime
 from fluxloom.infer.weigh import is_modulation, streams
+from fluxloom.speed.fused import modulation_layers
 from fluxloom.speed.tiled import Tiled
 
 _PAGE = 4096
@@ -386,7 +386,7 @@ def _lay_out(done: Offloaded) -> None:
     towers = [part for part in vars(runtime.reader).values() if isinstance(part, nn.Module)]
     blocks = [*model.double_blocks, *model.single_blocks]
     of_blocks = done._stream(blocks, plan.streamed, is_modulation)
-    lins = modulations(model) if plan.modulation else []
+    lins = modulation_layers(model) if plan.modulation else []
     of_lins = done._stream(lins, range(len(lins)), lambda name: False)
     layers = _layers(towers) if plan.layers else []
     of_layers = done._stream(layers, range(len(layers)), lambda name: False)
@@ -416,14 +416,6 @@ def _lay_out(done: Offloaded) -> None:
     for owner in owners:
         done._undo.append(partial(setattr, owner, "device", owner.device))
         owner.device = device
-
-
-def modulations(transformer: Transformer) -> list[nn.Module]:
-    """The layers that compute shifts, scales and gates, in the order of :func:`fluxloom.speed.fused.modulations`."""
-    blocks: list[Any] = list(transformer.double_blocks)
-    lins: list[nn.Module] = [mod.lin for block in blocks for mod in (block.img_mod, block.txt_mod)]
-    blocks = list(transformer.single_blocks)
-    return [*lins, *(block.modulation.lin for block in blocks), transformer.final_layer.adaLN_modulation[1]]
 
 
 def _layers(towers: Iterable[nn.Module]) -> list[nn.Module]:

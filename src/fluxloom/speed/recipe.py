@@ -12,6 +12,7 @@ from torch import nn
 
 from fluxloom.errors import BadInput
 from fluxloom.infer.executor import Executor, Plain
+from fluxloom.infer.plan import LINEARS
 from fluxloom.infer.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ class SpeedWarning(UserWarning):
 
 
 EXECUTORS = ("auto", "plain", "fused", "captured")
-LINEARS = ("fp8", "int8")
 
 
 @dataclass(frozen=True)
