@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fluxloom.bench.meter import metered, read
 from fluxloom.bench.step import judged, run, said
 from fluxloom.bench.subject import Step
 from fluxloom.bench.timing import Timing, measure, peak, seconds
@@ -97,6 +98,15 @@ def test_medians_of_what_was_asked() -> None:
     assert (len(ran), taken.runs) == (8, 5)
     assert Timing.of([3.0, 1.0, 8.0]).facts() == {"ms": 3.0, "ms_low": 1.0, "ms_high": 8.0, "runs": 3}
     assert seconds(lambda: torch.zeros(10), CPU) > 0
+
+
+def test_clock_and_power_are_of_the_later_samples() -> None:
+    told = "1980, 300.5, 700.00\n1500, 690.1, 700.00\n1520, 692.2, 700.00\n[N/A], 1, 2\n1510, 69"
+    assert read(told) == {"sm_mhz": 1510, "watts": 691, "watts_limit": 700}
+    assert read("No devices were found\n") == {}
+    with metered(CPU) as load:
+        pass
+    assert load == {}
 
 
 def test_the_peak_is_of_what_is_inside() -> None:

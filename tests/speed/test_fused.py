@@ -139,6 +139,22 @@ def test_in_half_precision_it_is_no_further_from_the_truth() -> None:
     assert 1e-3 < errors[0] < 1.1 * errors[1] < 0.05
 
 
+def test_queries_and_keys_in_the_dtype_that_attention_takes() -> None:
+    """Of e4m3: what comes out differs by their rounding, and by no more."""
+    dtypes = set()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dtypes.add((q.dtype, k.dtype, v.dtype))
+        return attention.backend_for(v, 32)(q.to(v.dtype), k.to(v.dtype), v)
+
+    model = transformer(DEV, 0)
+    img, t, given = arguments(DEV)
+    low = attention.Backend("low", attend, lambda like, head: None, lossy=True, takes=twins.CODES)
+    got, wanted = (Fused(model, by)(img, t, given) for by in (low, None))
+    assert dtypes == {(twins.CODES, twins.CODES, torch.float32)}
+    assert 1e-4 < relative(got, wanted) < 0.05
+
+
 def test_attention_backends_say_why_not() -> None:
     like = torch.empty(0)
     assert attention.backend_for(like, 64).name == "torch"
@@ -149,7 +165,7 @@ def test_attention_backends_say_why_not() -> None:
     outs = [attention.backend_for(like, 8, name)(q, k, v) for name in ("torch", "math")]
     assert outs[0].shape == (2, 5, 24)
     assert relative(*outs) < LIMIT
-    with pytest.raises(attention.BadInput, match="got attention 'flesh', allowed auto, cudnn"):
+    with pytest.raises(attention.BadInput, match="got attention 'flesh', allowed auto, fa3"):
         attention.backend_for(like, 64, "flesh")
     with pytest.raises(attention.BadInput, match="got attention 'cudnn', which needs a GPU, try auto"):
         attention.backend_for(like, 64, "cudnn")

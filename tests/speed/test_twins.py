@@ -103,7 +103,7 @@ def test_placed_is_core_s(size: tuple[int, ...], dtype: torch.dtype, shared: boo
 
     room = tuple(torch.full((batch, length + 3, heads, width), 7.0, dtype=dtype) for _ in range(3))
     filled = twins.placed(qkv, *scales, angle.cos(), angle.sin(), heads, out=room, at=2)  # type: ignore[arg-type]
-    assert filled is room
+    assert all(got is one for got, one in zip(filled, room, strict=True))
     for got, one in zip(filled, wanted, strict=True):
         assert agrees(got[:, 2 : 2 + length], one)
         assert bool((got[:, :2] == 7).all() and (got[:, 2 + length :] == 7).all())
@@ -178,6 +178,25 @@ def test_rows_of_nothing_and_of_nonsense(form: str) -> None:
     assert bool((codes[0, 0].float() == 0).all())
     assert scale[0, 0] == pytest.approx(twins.LEAST)
     assert torch.isfinite(scale[0]).flatten().tolist() == [True, False, False, True]
+
+
+def test_codes_for_attention() -> None:
+    """Queries and keys as they are, but no larger than e4m3 goes; values with a scale for each head."""
+    x = torch.randn(2, 50, 3, 16) * torch.tensor([1e-3, 1.0, 1e3])[:, None]
+    codes, scale = twins.by_head(x)
+    assert scale.shape == (2, 3)
+    assert float(codes.float().abs().max()) == 448
+    off = (codes.float() * scale[:, None, :, None] - x).norm(dim=(1, 3)) / x.norm(dim=(1, 3))
+    assert bool((off < 0.03).all())
+
+    qkv, norms = torch.randn(1, 50, 3 * 3 * 16), (torch.rand(16) + 0.5, torch.full((16,), 500.0))
+    angle = torch.randn(1, 50, 8)
+    exact = twins.placed(qkv.clone(), *norms, angle.cos(), angle.sin(), 3)
+    room = [torch.empty(1, 50, 3, 16, dtype=twins.CODES) for _ in range(2)]
+    q, k, v = twins.placed(qkv, *norms, angle.cos(), angle.sin(), 3, (*room, None))
+    assert error(q, exact[0].double()) < 2**-4 + 1e-6  # half of the last of 4 bits
+    assert bool((k.float() == exact[1].clamp(-448, 448).to(twins.CODES).float()).all() and exact[1].max() > 448)
+    assert v.data_ptr() == twins.split(qkv, 3)[2].data_ptr()
 
 
 def test_rescaled_sums() -> None:

@@ -21,6 +21,7 @@ from fluxloom.core.specs import TransformerSpec
 from fluxloom.speed.attention import BACKENDS
 
 _SINUSOID = 256  # numbers that a time or a guidance value is embedded from
+HEAT = 0.5  # seconds
 _COPY = {"cuda": 1 << 32, "cpu": 1 << 28}  # bytes; many times what any cache holds
 _FP8 = (8, 9)  # the least compute capability with matrix products in 8-bit floats
 _ROTATE = 8  # sets of operands that are used in turns: the same ones over and over would be found in the cache
@@ -140,22 +141,43 @@ def ceilings(
     device: torch.device,
     told: Callable[[str], object] = lambda _: None,
     repeats: int = 10,
+    heat: float = 0.0,
 ) -> Ceilings:
-    """Measure the rates at one model's shapes, with random numbers; what cannot run here is named with its reason."""
+    """Measure the rates at one model's shapes, with random numbers; what cannot run here is named with its reason.
+
+    ``heat``: seconds of the same work before each, after which a GPU at its power limit has lowered its clock; without,
+    the rates are those of short runs, which no whole step holds.
+    """
     forms, missing = _forms(device)
     layers, best = [], dict.fromkeys(forms, 0.0)
     for one in products(spec, text, image, batch):
         row: dict[str, Any] = {"name": one.name, "shape": [one.rows, one.inputs, one.outputs], "count": one.count}
         for form, make in forms.items():
-            ms = measure(make(one, device), device, 2, repeats).median
+            ms = measure(make(one, device), device, 2, repeats, heat).median
             rate = one.flop / one.count / ms / 1e9
             row |= {f"{form}_ms": round(ms, 4), f"{form}_tflops": round(rate, 1)}
             best[form] = max(best[form], rate)
         layers.append(row)
         told(f"{one.name} {row}")
-    attention, lacks = _attention(spec, text + image, batch, device, repeats)
+    attention, lacks = _attention(spec, text + image, batch, device, repeats, heat)
     told(f"attention {attention}")
     return Ceilings(best, attention, _copies(device, repeats), layers, missing | lacks)
+
+
+def reached(
+    spec: TransformerSpec,
+    text: int,
+    image: int,
+    batch: int,
+    device: torch.device,
+    told: Callable[[str], object] = lambda _: None,
+    repeats: int = 10,
+) -> tuple[Ceilings, Ceilings]:
+    """The ceilings of short runs, and those that are held for longer; on a processor both are the same."""
+    short = ceilings(spec, text, image, batch, device, told, repeats)
+    if device.type != "cuda":
+        return short, short
+    return short, ceilings(spec, text, image, batch, device, told, repeats, HEAT)
 
 
 def _forms(device: torch.device) -> tuple[dict[str, Callable[..., Callable[[], object]]], dict[str, str]]:
@@ -210,7 +232,7 @@ def _in_turns(calls: list[Any]) -> Callable[[], object]:
 
 
 def _attention(
-    spec: TransformerSpec, length: int, batch: int, device: torch.device, repeats: int
+    spec: TransformerSpec, length: int, batch: int, device: torch.device, repeats: int, heat: float
 ) -> tuple[dict[str, float], dict[str, str]]:
     """The rates of every backend at [batch, length, heads, head], and why others have none."""
     rates, missing = {}, {}
@@ -224,7 +246,7 @@ def _attention(
             why = backend.refuses(q, spec.head_dim) or _too_slow(backend.name, length)
             if why is None:
                 try:
-                    ms = measure(partial(backend, q, k, v), device, 2, repeats).median
+                    ms = measure(partial(backend, q, k, v), device, 2, repeats, heat).median
                     rates[name] = flop / ms / 1e9
                 except Exception as fault:  # a library that is there and does not run is no reason to stop
                     why = f"{type(fault).__name__}: {fault}".splitlines()[0]

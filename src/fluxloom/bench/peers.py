@@ -24,7 +24,7 @@ from fluxloom.errors import BadInput
 
 # Ours, by the ways of :mod:`fluxloom.bench.ways`.
 WAYS = {
-    "cuda": ("plain", "captured", "captured+fa3", "captured+fp8", "captured+fp8+fa3-fp8"),
+    "cuda": ("captured+cudnn", "captured+fa3", "captured+fp8+cudnn", "captured+fp8+fa3", "captured+fp8+fa3-fp8"),
     "cpu": ("plain+float32", "fused+float32", "plain+bfloat16", "fused+bfloat16"),
 }
 _GLANCE = 1.0  # seconds after which a silent worker is looked after

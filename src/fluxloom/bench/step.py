@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fluxloom.bench import subject
+from fluxloom.bench.meter import metered
 from fluxloom.bench.results import Row
 from fluxloom.bench.subject import Step, error
-from fluxloom.bench.timing import Call, Timing, measure, peak, seconds
+from fluxloom.bench.timing import HEAT, Call, Timing, measure, peak, seconds
 from fluxloom.bench.trace import kernels
 from fluxloom.bench.ways import Way, ready, refusal
 from fluxloom.infer.executor import Plain
@@ -90,9 +91,9 @@ def _begun(found: Runtime, step: Step, one: Way, exact: Tensor, noise: float) ->
 
 def _timed(call: Call, device: torch.device, warm: int, repeats: int, profiled: bool) -> Row:
     with torch.inference_mode():
-        with peak(device) as most:
-            row: Row = {**measure(call, device, warm, repeats).facts()}
-        row["peak_bytes"] = most.bytes
+        with peak(device) as most, metered(device) as load:
+            row: Row = {**measure(call, device, warm, repeats, HEAT).facts()}
+        row |= {"peak_bytes": most.bytes, **load}
         return row | ({"kernels": kernels(call, device)} if profiled else {})
 
 

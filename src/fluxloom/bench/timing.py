@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 Call = Callable[[], object]
+HEAT = 1.5  # seconds of work before a step is timed on a GPU
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -53,10 +54,15 @@ def seconds(call: Call, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def measure(call: Call, device: torch.device, warm: int = 2, repeats: int = 10) -> Timing:
-    """Milliseconds of a call: between CUDA events on a GPU, by the clock elsewhere. ``warm`` runs go before."""
-    for _ in range(warm):
+def measure(call: Call, device: torch.device, warm: int = 2, repeats: int = 10, heat: float = 0.0) -> Timing:
+    """Milliseconds of a call: between CUDA events on a GPU, by the clock elsewhere. ``warm`` runs go before, on a GPU
+    for ``heat`` seconds at least: under load its clock falls within tenths of a second, to where power holds it."""
+    until = time.perf_counter() + (heat if device.type == "cuda" else 0)
+    while warm > 0 or time.perf_counter() < until:
         call()
+        warm -= 1
+        if heat:
+            synchronise(device)
     synchronise(device)
     if device.type != "cuda":
         return Timing.of([1e3 * seconds(call, device) for _ in range(repeats)])

@@ -32,7 +32,7 @@ PARTS = {
 # What is measured where nothing is asked for; what cannot run says why.
 USUAL = {
     "cuda": (
-        "plain", "compiled", "fused", "captured", "captured+fa3", "captured+fp8", "captured+fp8+fa3-fp8",
+        "plain", "compiled", "fused", "captured+cudnn", "captured+fa3", "captured+fp8", "captured+fp8+fa3-fp8",
         "captured+int8",
     ),
     "cpu": (

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from fluxloom.bench import floor, rivals, subject
+from fluxloom.bench.meter import metered
 from fluxloom.bench.results import Row
 from fluxloom.bench.step import judged, said, truth
 from fluxloom.bench.subject import Step
-from fluxloom.bench.timing import measure, peak, seconds
+from fluxloom.bench.timing import HEAT, measure, peak, seconds
 from fluxloom.bench.trace import kernels
 from fluxloom.bench.ways import ready, refusal, way
 from fluxloom.infer.runtime import DTYPES, Runtime
@@ -123,10 +124,10 @@ def _scene(task: Task, call: Callable[[Step], Tensor], step: Step, name: str, lo
     again = partial(call, step)
     row: Row = {"cold_s": round(seconds(again, device), 3), "lossy": lossy}
     repeats = task.repeats if count == 1 else 2
-    with peak(device) as most:
-        taken = measure(again, device, task.warm if count == 1 else 0, repeats)
+    with peak(device) as most, metered(device) as load:
+        taken = measure(again, device, task.warm if count == 1 else 0, repeats, HEAT)
     row |= {key: value / count if key.startswith("ms") else value for key, value in taken.facts().items()}
-    row["peak_bytes"] = most.bytes
+    row |= {"peak_bytes": most.bytes, **load}
     if count == 1:  # of a path with a cache the last velocity says nothing
         path = Path(task.folder) / f"{name}.pt"
         if path.is_file():  # or what was to compute the truth failed, and said so
@@ -152,14 +153,16 @@ def _ground(task: Task, found: Runtime, steps: dict[str, Step]) -> Iterator[Row]
         text, image = step.tokens
         counted = floor.count(found.spec.transformer, text, image, task.batch)
         with torch.inference_mode():
-            reached = floor.ceilings(found.spec.transformer, text, image, task.batch, device, repeats=task.repeats)
+            short, held = floor.reached(found.spec.transformer, text, image, task.batch, device, repeats=task.repeats)
         yield {
             "scene": name,
             "tokens": [text, image],
             "noise": noise,
             "tflop": counted.facts(),
-            "ceilings": reached.facts(),
-            "floor_ms": floor.floors(counted, reached),
+            "ceilings": short.facts(),
+            "floor_ms": floor.floors(counted, short),
+            "held": held.facts(),
+            "held_floor_ms": floor.floors(counted, held),
         }
 
 

@@ -16,6 +16,7 @@ from fluxloom.errors import BadInput
 if TYPE_CHECKING:
     import torch
 
+    from fluxloom.bench.floor import Ceilings, Count
     from fluxloom.bench.results import Results
     from fluxloom.core.specs import Size
 
@@ -24,7 +25,7 @@ app = typer.Typer(add_completion=False)
 MODEL = "A name of `fluxloom models`: with random weights, except nano; or a folder or a file, loaded."
 Model = Annotated[str, typer.Option("--model", "-m", metavar="REF", help=MODEL)]
 Sized = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Of the picture; default: the model's own.")]
-Count = Annotated[int, typer.Option("--references", min=0, max=8, help="Reference pictures beside it.")]
+Several = Annotated[int, typer.Option("--references", min=0, max=8, help="Reference pictures beside it.")]
 Seen = Annotated[
     str | None,
     typer.Option("--reference-size", metavar="WxH", help="Of each; default: 1024x1024, or the size to draw."),
@@ -41,7 +42,7 @@ Recipes = Annotated[
 _COLUMNS = {
     "recipe": "recipe", "peer": "who", "scene": "scene", "ms": "ms", "ms_low": "least", "ms_high": "most",
     "times_floor": "x floor", "cold_s": "cold s", "peak_bytes": "peak GiB", "error": "error",
-    "times_noise": "x noise", "lossy": "lossy",
+    "times_noise": "x noise", "lossy": "lossy", "sm_mhz": "MHz", "watts": "W",
 }  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def bench() -> None:
 def step(
     model: Model = "nano",
     size: Sized = None,
-    references: Count = 0,
+    references: Several = 0,
     reference_size: Seen = None,
     batch: Batch = 1,
     recipe: Recipes = None,
@@ -92,7 +93,7 @@ def step(
 def image(
     model: Model = "nano",
     size: Sized = None,
-    references: Count = 0,
+    references: Several = 0,
     steps: options.Steps = None,
     recipe: Annotated[str, typer.Option("--recipe", metavar="WORDS", help="How to compute; one of `step`.")] = "",
     device: Device = "auto",
@@ -146,7 +147,7 @@ def load(
 def floor(
     model: Model = "nano",
     size: Sized = None,
-    references: Count = 0,
+    references: Several = 0,
     reference_size: Seen = None,
     batch: Batch = 1,
     recipe: Recipes = None,
@@ -171,10 +172,11 @@ def floor(
     one = subject.Step.of(found.spec, drawn, seen, batch, where)
     run = _results("floor", where, json, model=model, size=drawn, references=seen, batch=batch, tokens=one.tokens)
     counted = floors.count(spec, *one.tokens, batch)
-    reached = floors.ceilings(spec, *one.tokens, batch, where, _teller(quiet), repeats)
-    least = floors.floors(counted, reached)
-    run.note(tflop=counted.facts(), ceilings=reached.facts(), floor_ms=least)
-    _show_floor(counted.facts(), reached.facts(), least)
+    short, held = floors.reached(spec, *one.tokens, batch, where, _teller(quiet), repeats)
+    least = floors.floors(counted, short)
+    run.note(tflop=counted.facts(), ceilings=short.facts(), floor_ms=least)
+    run.note(held=held.facts(), held_floor_ms=floors.floors(counted, held))
+    _show_floor(counted, short, held)
     own_dtype = "bfloat16" if where.type == "cuda" else "float32"
     rows = steps.run(found, one, asked, repeats=repeats, told=_teller(quiet))
     _finish(
@@ -318,13 +320,23 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
             print(plain(f"{row.get('recipe', row.get('peer', ''))}: skipped: {row['skipped']}"))
 
 
-def _show_floor(counted: Mapping[str, float], reached: Mapping[str, Any], least: Mapping[str, float]) -> None:
-    print_table(("operations", "TFLOP"), [(name, f"{value:.4g}") for name, value in counted.items()])
-    rates = [(f"products {name}", f"{rate:.4g}") for name, rate in reached["products_tflops"].items()]
-    rates += [(f"attention {name}", f"{rate:.4g}") for name, rate in reached["attention_tflops"].items()]
-    print_table(("best rate", "TFLOP/s"), rates)
-    print_table(("copies", "GB/s"), [("read and written", str(reached["copies_gb_s"]))])
-    print_table(("floor", "ms"), [(name, f"{ms:.4g}") for name, ms in least.items()])
+def _show_floor(counted: Count, short: Ceilings, held: Ceilings) -> None:
+    """The rates of short runs and of those after ``floor.HEAT`` seconds of the same, and what follows from each."""
+    from fluxloom.bench.floor import floors
+
+    print_table(("operations", "TFLOP"), [(name, f"{value:.4g}") for name, value in counted.facts().items()])
+    told = [
+        {f"products {name}": rate for name, rate in one.products.items()}
+        | {f"attention {name}": rate for name, rate in one.attention.items()}
+        for one in (short, held)
+    ]
+    rates = [(name, f"{rate:.4g}", f"{told[1].get(name, 0):.4g}") for name, rate in told[0].items()]
+    print_table(("best rate", "TFLOP/s", "held"), rates)
+    print_table(("copies", "GB/s"), [("read and written", f"{short.copies:.4g}")])
+    least = [floors(counted, one) for one in (short, held)]
+    print_table(
+        ("floor", "ms", "held"), [(name, f"{ms:.4g}", f"{least[1][name]:.4g}") for name, ms in least[0].items()]
+    )
 
 
 def _draw(run: Mapping[str, Any], out: Path) -> None:

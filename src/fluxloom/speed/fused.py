@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -69,6 +70,7 @@ class Fused:
         form = getattr(transformer.single_blocks[0].linear1, "form", None)
         by = getattr(self.attend, "name", None)
         self.name = ", ".join(["fused", *([f"{by} attention"] if by else []), *([f"{form} linears"] if form else [])])
+        self.takes: torch.dtype | None = getattr(self.attend, "takes", None)
         self.lossy = form is not None or getattr(self.attend, "lossy", False)
         self.blocks = (*transformer.double_blocks, *transformer.single_blocks) if blocks is None else blocks
         self._stills: WeakKeyDictionary[Given, Still] = WeakKeyDictionary()
@@ -141,7 +143,8 @@ class Fused:
         ops, heads = self.ops, self.transformer.spec.num_heads
         known = [cast(DoubleBlock, block) for block in self.transformer.double_blocks]
         rows = {"img": slice(start, None), "txt": slice(0, start)}
-        joint = tuple(x.new_empty(*x.shape[:2], heads, x.shape[2] // heads) for _ in range(3))
+        room = partial(x.new_empty, (*x.shape[:2], heads, x.shape[2] // heads))
+        joint = room(dtype=self.takes), room(dtype=self.takes), room()
         hidden: dict[str, Hidden] = {
             side: ops.modulated(x[:, at], *vectors.double(0, side)[:2], form=form_of(_side(known[0], side).qkv))
             for side, at in rows.items()
@@ -160,7 +163,7 @@ class Fused:
                 mlp = block.img_mlp if side == "img" else block.txt_mlp
                 y = _side(block, side).proj(attended[:, at])
                 _, h = ops.gated(view, y, *parts[2:5], form=form_of(mlp[0]), out=view)
-                y = mlp[2](ops.gelu(mlp[0](h), form=form_of(mlp[2])))
+                y = mlp[2](self._activated(mlp[0], h, form_of(mlp[2])))
                 if i + 1 == len(known):
                     ops.gated(view, y, parts[5], out=view)
                 else:
@@ -170,23 +173,55 @@ class Fused:
                     )
 
     def _single(self, block: SingleBlock, h: Hidden, cos: Tensor, sin: Tensor) -> Tensor:
-        """What a single block adds, before its gate."""
+        """What a single block adds, before its gate.
+
+        Of plain layers, the first has its gelu in its own product, and the second sums two: nothing is put side by
+        side. In 8 bits a product would round its sum between.
+        """
+        if plain(block.linear1) and plain(block.linear2):
+            return self._summed(block, cast(Tensor, h), cos, sin)
         qkv, hidden = block.linear1(h).split(block.split, dim=-1)
-        q, k, v = self.ops.placed(qkv, *_scales(block.norm), cos, sin, block.heads)
+        q, k, v = self._placed(block, qkv, cos, sin)
         mixed = self.ops.beside(self.attend(q, k, v), hidden, form=form_of(block.linear2))
         out: Tensor = block.linear2(mixed)
         return out
+
+    def _summed(self, block: SingleBlock, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        up, down, width = block.linear1, block.linear2, block.split[0]
+        attended = self.attend(*self._placed(block, part(up, 0, width, h), cos, sin))
+        active = self.ops.activated(h, up.weight[width:], _bias(up, width))
+        inner = attended.shape[-1]
+        out = F.linear(attended, down.weight[:, :inner], down.bias)
+        out.flatten(0, 1).addmm_(active.flatten(0, 1), down.weight[:, inner:].t())
+        return out
+
+    def _activated(self, layer: nn.Module, h: Hidden, form: twins.Form) -> Hidden:
+        """gelu of a layer of the input, in one where it can be."""
+        if form is None and plain(layer):
+            one: Tensor = self.ops.activated(h, layer.weight, layer.bias)
+            return one
+        found: Hidden = self.ops.gelu(layer(h), form=form)
+        return found
 
     def _last(self, block: SingleBlock, h: Hidden, cos: Tensor, sin: Tensor, drawn: slice) -> Tensor:
         """The same for the tokens that are drawn: of all others nothing but keys and values is needed."""
         width = block.split[0] // 3
         few = _rows(h, drawn)
         qkv = torch.cat((part(block.linear1, 0, width, h), part(block.linear1, width, 3 * width, h)), dim=-1)
-        q, k, v = self.ops.placed(qkv, *_scales(block.norm), cos, sin, block.heads)
+        q, k, v = self._placed(block, qkv, cos, sin)
         hidden = part(block.linear1, 3 * width, sum(block.split), few)
         mixed = self.ops.beside(self.attend(q[:, drawn], k, v), hidden, form=form_of(block.linear2))
         out: Tensor = block.linear2(mixed)
         return out
+
+    def _placed(self, block: SingleBlock, qkv: Tensor, cos: Tensor, sin: Tensor) -> twins.Three:
+        """Queries and keys where they lie, unless attention takes them in another dtype."""
+        out: twins.Places | None = None
+        if self.takes is not None:
+            q, k, _ = (torch.empty_like(x, dtype=self.takes) for x in self.ops.split(qkv, block.heads))
+            out = q, k, None
+        placed: twins.Three = self.ops.placed(qkv, *_scales(block.norm), cos, sin, block.heads, out)
+        return placed
 
 
 # -------------------------------------------------------------------------------------------------------- modulations
@@ -234,16 +269,26 @@ def form_of(module: nn.Module) -> twins.Form:
     return None if _watched(module) else getattr(module, "form", None)
 
 
+def plain(module: nn.Module) -> bool:
+    """Whether a layer is its weight and bias and no more."""
+    return isinstance(module, nn.Linear) and not _watched(module)
+
+
 def part(module: nn.Module, start: int, stop: int, h: Hidden) -> Tensor:
     """Columns ``start`` to ``stop`` of what a linear layer gives: only they are computed, unless hooks want it all."""
     if _watched(module):
         whole: Tensor = module(h)
         return whole[..., start:stop]
     if isinstance(module, nn.Linear):
-        bias = None if getattr(module, "bias", None) is None else module.bias[start:stop]
-        return F.linear(cast(Tensor, h), module.weight[start:stop], bias)
+        return F.linear(cast(Tensor, h), module.weight[start:stop], _bias(module, start, stop))
     out: Tensor = cast(Any, module).part(start, stop)(h)
     return out
+
+
+def _bias(module: nn.Module, start: int, stop: int | None = None) -> Tensor | None:
+    """Columns of a bias, if there is one."""
+    bias = getattr(module, "bias", None)
+    return None if bias is None else cast(Tensor, bias)[start:stop]
 
 
 def _watched(module: nn.Module) -> bool:

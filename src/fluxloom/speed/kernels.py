@@ -16,24 +16,27 @@ synchronised, and nothing but results allocated: after a first call, which compi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fluxloom.speed import twins
-from fluxloom.speed.twins import Form, Low, Three, split, stored
+from fluxloom.speed.twins import CODES, Form, Low, Places, Three, split, stored
 
-__all__ = ["beside", "gated", "gelu", "modulated", "placed", "quantised", "rescaled", "split"]
+__all__ = ["activated", "beside", "by_head", "gated", "gelu", "modulated", "placed", "quantised", "rescaled", "split"]
 
 _EACH = 16  # numbers a thread: two accesses of 16 bytes each, and enough rows in flight on a multiprocessor
 _MOST_WARPS = 16
 _TILE = 2048  # of kernels that need not see a whole row
+_ROWS = 64  # tokens of a head a program, where a scale is sought for all of them: 8 accesses of 16 bytes a thread
 _HEADS = 8  # at a time: 8 x 128 numbers each of queries, keys and values, one access of 16 bytes a thread of 4 warps
 
 _EPS = tl.constexpr(twins.EPS)
+_LARGEST_CODE = tl.constexpr(twins.FORMS["fp8"][1])
 _LEAST = tl.constexpr(twins.LEAST)
 _TO_INTEGER = tl.constexpr(1.5 * 2**23)  # added and taken off again, it leaves the nearest integer, ties to even
 # x Phi(x) ~ x / (1 + 2^(x (A + B x^2))): tanh(u) = 2 / (1 + exp(-2u)) - 1 with u = sqrt(2/pi) (x + 0.044715 x^3)
@@ -81,6 +84,8 @@ def _turned(source, norm, target, cos, sin, mask, cols, D: tl.constexpr, HEADS: 
     x = x * inverse[:, None] * scale
     even, odd = tl.split(tl.reshape(x, [HEADS, BLOCK // 2, 2]))
     x = tl.reshape(tl.join(cos * even - sin * odd, sin * even + cos * odd), [HEADS, BLOCK])
+    if target.dtype.element_ty == tl.float8e4nv:
+        x = tl.clamp(x, -_LARGEST_CODE, _LARGEST_CODE, propagate_nan=tl.PropagateNan.ALL)
     tl.store(target, x.to(target.dtype.element_ty), mask=mask)
 
 
@@ -139,6 +144,40 @@ def _placed_kernel(
     if v is not None:
         to_v = v + batch * v_batch + row * v_row + heads[:, None] * v_head + cols[None, :]
         tl.store(to_v, tl.load(source + 2 * N * D, mask=mask), mask=mask)
+
+
+@triton.jit
+def _largest_kernel(
+    x, largest, length, x_batch, x_row, x_head,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Largest magnitude of some tokens of a head, as bits: largest [B, N, tiles]."""
+    tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows, cols = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    mask = (rows < length)[:, None] & (cols < D)[None, :]
+    source = x + batch * x_batch + rows.to(tl.int64)[:, None] * x_row + head * x_head + cols[None, :]
+    value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    at = (batch * tl.num_programs(1) + head) * tl.num_programs(0) + tile
+    tl.store(largest + at, _largest(tl.reshape(value, [ROWS * BLOCK])))
+
+
+@triton.jit
+def _by_head_kernel(
+    x, largest, codes, steps, length, x_batch, x_row, x_head,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Some tokens of a head a program, as codes by the largest magnitude of all."""
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    at, tiles = batch * tl.num_programs(1) + head, tl.arange(0, TILES)
+    found = tl.load(largest + at * tl.num_programs(0) + tiles, mask=tiles < tl.num_programs(0), other=0)
+    step = _step(tl.max(found, axis=0), LIMIT)
+    tl.store(steps + at, step)  # the same by all that share it
+    rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    mask = (rows < length)[:, None] & (cols < D)[None, :]
+    source = x + batch * x_batch + rows.to(tl.int64)[:, None] * x_row + head * x_head + cols[None, :]
+    value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    target = codes + ((batch * length + rows.to(tl.int64)[:, None]) * tl.num_programs(1) + head) * D + cols[None, :]
+    tl.store(target, _code(value, step, LIMIT).to(codes.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -246,14 +285,15 @@ def placed(
     cos: Tensor,
     sin: Tensor,
     heads: int,
-    out: Three | None = None,
+    out: Places | None = None,
     at: int = 0,
 ) -> Three:
     """See :func:`twins.placed`."""
     parts = split(qkv, heads)
     batch, length, _, width = parts[0].shape
-    q, k, v = parts if out is None else (whole[:, at : at + length] for whole in out)
-    strides = [stride for one in (q, k, v) for stride in _strides(one, (batch, length, heads, width))]
+    q, k, v = parts if out is None else (whole if whole is None else whole[:, at : at + length] for whole in out)
+    shape = (batch, length, heads, width)
+    strides = [stride for one in (q, k, v) for stride in ((0, 0, 0) if one is None else _strides(one, shape))]
     turned = _strides(cos, (cos.shape[0], length, width // 2))
     if turned != _strides(sin, tuple(cos.shape)):
         raise ValueError(f"got strides {turned} of cosines and others of sines, allowed equal ones, try contiguous()")
@@ -265,12 +305,39 @@ def placed(
             *_strides(qkv, (batch, length, 3 * heads * width)), turned[0] if cos.shape[0] == batch else 0, turned[1],
             *strides, N=heads, D=width, HEADS=tile, BLOCK=block, num_warps=_warps(2 * tile * block),
         )  # fmt: skip
-    return parts if out is None else out
+    if out is None:
+        return parts
+    return out[0], out[1], parts[2] if out[2] is None else out[2]
+
+
+def by_head(x: Tensor) -> Low:
+    """See :func:`twins.by_head`."""
+    batch, length, heads, width = x.shape
+    tiles = triton.cdiv(length, _ROWS)
+    largest = torch.empty(batch, heads, tiles, dtype=torch.int32, device=x.device)
+    codes, steps = x.new_empty(x.shape, dtype=CODES), x.new_empty(batch, heads, dtype=torch.float32)
+    given = {"D": width, "ROWS": _ROWS, "BLOCK": triton.next_power_of_2(width), "num_warps": 4}
+    strides = _strides(x, (batch, length, heads, width))
+    with torch.cuda.device_of(x):
+        _largest_kernel[tiles, heads, batch](x, largest, length, *strides, **given)
+        _by_head_kernel[tiles, heads, batch](
+            x, largest, codes, steps, length, *strides, TILES=triton.next_power_of_2(tiles), LIMIT=LIMITS[CODES],
+            **given,
+        )  # fmt: skip
+    return codes, steps
 
 
 def gelu(x: Tensor, form: Form = None) -> Tensor | Low:
     """See :func:`twins.gelu`."""
     return _joined(None, x, form)
+
+
+def activated(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See :func:`twins.activated`. cuBLAS does both at once, on its sums of float32: no pass over memory between."""
+    if bias is None:
+        return cast(Tensor, gelu(F.linear(x, weight)))
+    flat: Tensor = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return flat.view(*x.shape[:-1], -1)
 
 
 def beside(attended: Tensor, hidden: Tensor, form: Form = None) -> Tensor | Low:
@@ -362,8 +429,8 @@ def _room(like: Tensor, width: int, form: Form) -> tuple[Tensor, Any]:
 
 
 def _warps(numbers: int) -> int:
-    """A power of two."""
-    return max(1, min(_MOST_WARPS, numbers // (32 * _EACH)))
+    """The largest power of two that leaves each thread no fewer numbers than wanted."""
+    return 1 << max(0, min(_MOST_WARPS, numbers // (32 * _EACH)).bit_length() - 1)
 
 
 def _strides(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:

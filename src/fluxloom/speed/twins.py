@@ -21,12 +21,14 @@ from fluxloom.errors import BadInput
 Low = tuple[Tensor, Tensor]  # codes [B, L, D] of 8 bits, scale float32 [B, L, 1]: x ~ codes * scale
 Form = str | None  # None: in x's own dtype; or a key of FORMS
 Three = tuple[Tensor, Tensor, Tensor]  # queries, keys, values
+Places = tuple[Tensor, Tensor, Tensor | None]  # for them
 
 # What a form stores, and its largest value: e4m3 without infinities ends at 448 (Micikevicius et al. 2022), and int8
 # keeps to +-127, so that the codes are as many on both sides of zero.
 FORMS: Mapping[str, tuple[torch.dtype, float]] = MappingProxyType(
     {"fp8": (torch.float8_e4m3fn, 448.0), "int8": (torch.int8, 127.0)}
 )
+CODES = FORMS["fp8"][0]
 LEAST = 1e-30  # scales are no smaller: a row of zeros has codes of zeros, and 1 / scale is finite
 EPS = 1e-6  # of all norms of FLUX.1
 
@@ -89,14 +91,17 @@ def placed(
     cos: Tensor,
     sin: Tensor,
     heads: int,
-    out: Three | None = None,
+    out: Places | None = None,
     at: int = 0,
 ) -> Three:
     """Queries and keys of one stream, RMS-normalised a head and turned by their positions, where attention wants them.
 
     qkv [B, L, (3 N D)], q_norm and k_norm [D], cos and sin float32 [B or 1, L, D/2]. Without ``out``, queries and keys
-    are overwritten in place, and (q, k, v) are views [B, L, N, D] of qkv. With ``out``, three tensors
-    [B, L_all, N, D], all three are written to their rows at .. at + L, and ``out`` is returned.
+    are overwritten in place, and (q, k, v) are views [B, L, N, D] of qkv. With ``out``, tensors [B, L_all, N, D], they
+    are written to their rows at .. at + L, and ``out`` is returned; values without a place stay where they are.
+
+    Places of e4m3 get codes without a scale: a norm's outputs are of the size of its weights, about 1, and at most
+    sqrt(D) times that; e4m3 is as exact from 2^-6 to 448, and what lies past it becomes 448.
     """
     q, k, v = split(qkv, heads)
     angles = cos[:, :, None], sin[:, :, None]
@@ -104,8 +109,22 @@ def placed(
     if out is None:
         return q.copy_(turned[0]), k.copy_(turned[1]), v
     for whole, part in zip(out, (*turned, v), strict=True):
-        whole[:, at : at + v.shape[1]].copy_(part)
-    return out
+        if whole is not None:
+            whole[:, at : at + v.shape[1]].copy_(unscaled(part) if whole.dtype == CODES else part)
+    return out[0], out[1], v if out[2] is None else out[2]
+
+
+def unscaled(x: Tensor) -> Tensor:
+    """e4m3 codes of numbers as they are; those past the largest become it."""
+    limit = FORMS["fp8"][1]
+    return x if x.dtype == CODES else x.clamp(-limit, limit).to(CODES)
+
+
+def by_head(x: Tensor) -> Low:
+    """e4m3 codes of x [B, L, N, D] with a scale for each head, float32 [B, N]."""
+    limit = FORMS["fp8"][1]
+    scale = (x.abs().amax((1, 3)).float() * (1 / limit)).clamp(min=LEAST)
+    return (x.float() * (1 / scale)[:, None, :, None]).to(CODES), scale
 
 
 def split(qkv: Tensor, heads: int) -> Three:
@@ -117,6 +136,11 @@ def split(qkv: Tensor, heads: int) -> Three:
 def gelu(x: Tensor, form: Form = None) -> Tensor | Low:
     """x Phi(x) in its tanh approximation (Hendrycks and Gimpel 2016)."""
     return _stored(_gelu(x), form, x.dtype)
+
+
+def activated(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """gelu of a linear layer, x [.., I] to [.., O]."""
+    return _gelu(F.linear(x, weight, bias)).to(x.dtype)
 
 
 def beside(attended: Tensor, hidden: Tensor, form: Form = None) -> Tensor | Low:
