@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -50,7 +51,7 @@ class Driver:
         try:
             library = ctypes.CDLL("libnvidia-ml.so.1")
             handle = ctypes.c_void_p()
-            if library.nvmlInit_v2() == 0 and library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle)) == 0:
+            if library.nvmlInit_v2() == 0 and library.nvmlDeviceGetHandleByIndex_v2(_gpu(), ctypes.byref(handle)) == 0:
                 self.found = library, handle
         except OSError:
             pass
@@ -81,6 +82,11 @@ class Driver:
 
     def row(self) -> Row:
         return {"driver_peak_bytes": self.peak - self.before if self.found else None}
+
+
+def _gpu() -> int:
+    """The number by which the driver knows the GPU that is seen first."""
+    return int(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or 0)
 
 
 def capped(cap: float, toy: bool) -> Row:

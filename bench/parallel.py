@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +33,7 @@ from fluxloom.speed.ops import ops_for
 from fluxloom.speed.parallel import Recorded, Spread
 from fluxloom.speed.team import Team, join, together
 
+HEAT = 0.7  # seconds
 ROW = MODELS["flux1-kontext-dev"]
 TOY = replace(
     ROW.transformer,
@@ -46,27 +47,32 @@ TOY = replace(
 
 
 def compared(
-    team: Team, spec: ModelSpec, model: Transformer, make: Callable[[Attend], Executor], step: Step, chunks: int
-) -> dict[str, Any]:
-    """A row on rank 0; the others serve, and give an empty one."""
-    like = step.img[:0]
-    attend = backend_for(like, spec.transformer.head_dim)
-    spread = Spread(team, Recorded(Rack(model, spec)), attend, make, chunks)
-    if team.rank:
-        spread.serve()
-        return {}
+    team: Team, spec: ModelSpec, model: Transformer, make: Callable[[Attend], Executor], step: Step
+) -> Iterator[dict[str, Any]]:
+    """Rows on rank 0, by parts of the exchange; the others serve."""
 
     def velocity(executor: Executor) -> Tensor:
         return executor(step.img, step.t, step.given)
 
+    attend = backend_for(step.img[:0], spec.transformer.head_dim)
     alone = make(attend)
-    one, many = (measure(lambda e=e: velocity(e), team.device) for e in (alone, spread))
-    apart = error(velocity(spread), velocity(alone))
-    spread.stop()
-    return {
-        "executor": spread.name, "chunks": chunks, "one_ms": one.median, **many.facts(),
-        "speed_up": one.median / many.median, "apart": apart,
-    }  # fmt: skip
+    one = None if team.rank else measure(lambda: velocity(alone), team.device, heat=HEAT)
+    for chunks in (1, 2):
+        if (spec.transformer.num_heads // team.size) % chunks:
+            continue
+        spread = Spread(team, Recorded(Rack(model, spec)), attend, make, chunks)
+        if one is None:
+            spread.serve()
+            spread.forget()
+            continue
+        many = measure(lambda spread=spread: velocity(spread), team.device, heat=HEAT)
+        apart = error(velocity(spread), velocity(alone))
+        spread.stop()
+        spread.forget()
+        yield {
+            "executor": spread.name, "chunks": chunks, "one_ms": one.median, **many.facts(),
+            "speed_up": one.median / many.median, "apart": apart,
+        }  # fmt: skip
 
 
 def main() -> None:
@@ -91,13 +97,9 @@ def main() -> None:
             for references in (0, 1):
                 step = Step.of(spec, size, [size] * references, 1, team.device).to(dtype)
                 for name, make in makes.items():
-                    for chunks in (1, 2):
-                        if (24 // team.size) % chunks:
-                            continue
-                        row = compared(team, spec, model, make, step, chunks)
-                        if row:
-                            rows.append({"references": references, "linears": linears, "by": name, **row})
-                            print(json.dumps(rows[-1]), flush=True)
+                    for row in compared(team, spec, model, make, step):
+                        rows.append({"references": references, "linears": linears, "by": name, **row})
+                        print(json.dumps(rows[-1]), flush=True)
     if not team.rank and given.out is not None:
         about = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
