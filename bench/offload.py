@@ -90,14 +90,16 @@ def _gpu() -> int:
 
 
 def capped(cap: float, toy: bool) -> Row:
-    """Let PyTorch take no more than the cap, less the context; what the context takes."""
+    """Let PyTorch take no more than the cap, less what the driver counts beside it; what the context takes at first."""
+    from fluxloom.infer.plan import CONTEXT
+
     if device_of(toy) != "cuda":
         return {"context_bytes": 0}
     free, total = torch.cuda.mem_get_info()
     torch.ones(64, 64, device="cuda").bfloat16() @ torch.ones(64, 64, device="cuda").bfloat16()  # cuBLAS, too
     torch.cuda.synchronize()
     context = total - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved()
-    torch.cuda.set_per_process_memory_fraction((cap * GB - context) / total)
+    torch.cuda.set_per_process_memory_fraction((cap * GB - CONTEXT) / total)
     return {"context_bytes": context, "others_hold_bytes": total - free}
 
 

@@ -71,7 +71,7 @@ def test_a_file_is_planned_with_its_own_shape(run: Run, here: Path) -> None:
 BAD = {
     "too small a cap": (
         [*KONTEXT[:3], "2GB"],
-        "got 2.0 GB of memory for flux1-kontext-dev at 1024x1024, allowed 2.6 GB and more",
+        "got 2.0 GB of memory for flux1-kontext-dev at 1024x1024, allowed 3.0 GB and more",
     ),
     "no cap": ([*KONTEXT[:3], "lots"], "got memory 'lots', allowed a number and a unit, try 12GB"),
     "unknown model": (["plan", "flux1-kontext"], "try flux1-kontext-dev"),

@@ -111,6 +111,10 @@ class Ideal:
     def gelu(cls, x: Tensor, form: str | None = None) -> Any:
         return cls.modulated(x, form=form)
 
+    @staticmethod
+    def activated(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+        return empty(*x.shape[:-1], len(weight))
+
     @classmethod
     def beside(cls, attended: Tensor, hidden: Tensor, form: str | None = None) -> Any:
         shape = (*attended.shape[:2], attended.shape[2] + hidden.shape[2])
@@ -188,17 +192,17 @@ def test_operations_are_those_of_the_shapes() -> None:
 
 
 def test_seconds_follow_the_rates_of_the_machine() -> None:
-    slow = H200.measured({"bfloat16": 78.2, "attention": 65, "overhead": 1.0, "upload": 5})
+    slow = H200.measured({"bfloat16": 74.6, "attention": 69, "overhead": 1.0, "upload": 5.5})
     work = Work.typical(DEV)
     quick, late = (fit(DEV, None, work, machine=one) for one in (H200.measured({"overhead": 1.0}), slow))
     assert stage(late, "sample").seconds == pytest.approx(10 * stage(quick, "sample").seconds)
     assert stage(late, "decode").seconds == stage(quick, "decode").seconds
-    floor = sum(a / b for a, b in zip(step_flops(DEV.transformer, work), (78.2e12, 65e12), strict=True))
+    floor = sum(a / b for a, b in zip(step_flops(DEV.transformer, work), (74.6e12, 69e12), strict=True))
     assert stage(late, "sample").seconds == pytest.approx(28 * floor)
-    # A bus of 5 GB/s bounds what streams: 12 GB a step.
+    # A bus of 5.5 GB/s bounds what streams: 12 GB a step.
     streamed = fit(DEV, 12 * GB, work, machine=slow)
     moved = sum(weigh(DEV, "bfloat16", None).blocks[i] for i in streamed.streamed)
-    assert stage(streamed, "sample").seconds >= 28 * moved / 5e9
+    assert stage(streamed, "sample").seconds >= 28 * moved / 5.5e9
     with pytest.raises(BadInput, match=r"got rate int4=3, .*allowed positive bfloat16"):
         H200.measured({"int4": 3})
     with pytest.raises(BadInput, match="got rate upload=-1"):
@@ -237,17 +241,17 @@ def test_what_no_plan_fits_is_refused_with_what_would_do() -> None:
     assert found.startswith("got 2.0 GB of memory for flux1-kontext-dev at 1024x1024, allowed ")
     assert found.endswith(" GB and more, try a smaller size")
     least = float(found.split("allowed ")[1].split(" GB")[0])
-    assert 2.0 < least < 3.0
+    assert 2.0 < least < 3.2
     assert fit(KONTEXT, round(least * GB)).peak <= least * GB
     with pytest.raises(BadInput):
         fit(KONTEXT, round((least - 0.15) * GB))
 
 
 def test_approximations_are_the_last_resort_and_said() -> None:
-    tiled = fit(KONTEXT, 3 * GB)
+    tiled = fit(KONTEXT, round(3.3 * GB))
     assert tiled.approximate == ("a tiled autoencoder",)
     assert any("approximate" in word for word in tiled.words)
-    low = fit(KONTEXT, round(2.65 * GB))
+    low = fit(KONTEXT, round(3.05 * GB))
     assert low.approximate == (f"{low.linears} products", "a tiled autoencoder")
     assert any("since nothing exact fits" in word for word in low.words)
     asked = fit(KONTEXT, 12 * GB, linears="int8")

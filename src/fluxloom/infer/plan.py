@@ -28,18 +28,20 @@ from fluxloom.errors import BadInput
 from fluxloom.infer.weigh import Weights, picture_flops, weigh
 from fluxloom.infer.work import MACHINES, SEEN, Machine, Work, step_flops
 
-CONTEXT = 600_000_000  # the CUDA context, kernels and the workspaces of cuBLAS on an H200; [E], to be measured
+# Seen on one H200 with torch 2.11, at caps of 8 and 12 GB, and the same at both: what the driver counts over what
+# PyTorch reserves (the CUDA context, and the code of cuBLAS, cuDNN, Triton and FA3), what cuBLAS takes of PyTorch's
+# memory, and how much more PyTorch reserves than lives where weights come and go: blocks of which parts stay empty.
+CONTEXT, WORKSPACES, ROUNDING = 870_000_000, 100_000_000, 1.035
 CONVOLUTIONS = 300_000_000  # workspaces of cuDNN while pictures are encoded and decoded; [E], to be measured
-ROUNDING = 1.05  # what the allocator reserves over what lives, in its blocks of 2 and 20 MB; [E], to be measured
-HELD_BACK = 1.05  # seconds of a streamed step over the longer of computing and copying; [E], to be measured
+HELD_BACK = 1.05  # seconds of a streamed step over the longer of computing and copying
 SPARE = 0.95  # of a cap: the part that is planned with, as predictions err
 TILE = 72  # latent cells of a tile of the autoencoder at most: two by two make 1024 x 1024
 OVERLAP = 16  # latent cells that neighbouring tiles share at least
 LINEARS = ("fp8", "int8")
 # Widths of the model that a token holds at the fullest point of a pass. A single block of the fused sequence: x, its
-# input, the 7 of its first product, what it attended to and, beside that, the MLP's (5), and what comes out; in 8 bits
-# the inputs of products are half as wide. Core's own forward makes more copies.
-_WIDTHS = {"fused": 16, "low": 13, "plain": 21}
+# input, queries, keys and values, the MLP's (4), what it attended to, and what comes out. In 8 bits its first product
+# is whole (7), and what it attended to stands beside the MLP's once more, half as wide. Core's own makes more copies.
+_WIDTHS = {"fused": 11, "low": 13, "plain": 21}
 STAGES = ("read", "see", "encode", "sample", "decode")
 _SIZE = re.compile(r"(\d{1,6}(?:\.\d{1,3})?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -258,15 +260,10 @@ def _plan(spec: ModelSpec, work: Work, machine: Machine, dtype: str, choice: _Ch
     always = sum(size for part, size in parts.items() if part in choice.stays)
     owners = {"read": "towers", "see": "redux", "sample": "transformer"}
     kept = 0  # of a captured pass: its buffers stay for the next one
-    acts = {
-        stage: round(size * ROUNDING)
-        for stage, size in _activations(
-            spec, work, machine, choice.linears, choice.tiled, getattr(torch, dtype).itemsize
-        ).items()
-    }
+    acts = _activations(spec, work, machine, choice.linears, choice.tiled, getattr(torch, dtype).itemsize)
     if machine.upload and not choice.streamed and "transformer" in choice.stays:
         kept = acts["sample"]
-    context = CONTEXT if machine.upload else 0
+    moves = bool(slots) or not choice.stays.issuperset(_parts(spec))
     stages = []
     for stage in STAGES:
         part = owners.get(stage, "autoencoder")
@@ -276,10 +273,10 @@ def _plan(spec: ModelSpec, work: Work, machine: Machine, dtype: str, choice: _Ch
         on_device = always + own + slots
         seconds, copying = _seconds(stage, spec, work, machine, dtype, choice, weights, own)
         live = acts[stage] + (kept if stage != "sample" else 0)
-        fixed = context + (CONVOLUTIONS if part == "autoencoder" and machine.upload else 0) + work.loras
         stages.append(
             Stage(
-                name=stage, weights=on_device, activations=live, peak=on_device + live + fixed,
+                name=stage, weights=on_device, activations=live,
+                peak=_taken(on_device + live + work.loras, part == "autoencoder", machine, moves=moves),
                 seconds=seconds, copying=copying,
             )
         )  # fmt: skip
@@ -290,6 +287,15 @@ def _plan(spec: ModelSpec, work: Work, machine: Machine, dtype: str, choice: _Ch
         stages=tuple(stages), host=leaving + sum(moving),
     )  # fmt: skip
     return replace(plan, approximate=tuple(_unasked(plan, None)))
+
+
+def _taken(live: int, pictures: bool, machine: Machine, moves: bool) -> int:
+    """Bytes that a process takes for those that live. ``pictures``: with convolutions among them; ``moves``: where
+    weights come and go."""
+    if not machine.upload:
+        return live
+    whole = live + WORKSPACES + (CONVOLUTIONS if pictures else 0)
+    return CONTEXT + (round(ROUNDING * whole) if moves else whole)
 
 
 def _walked(machine: Machine, dtype: str) -> bool:

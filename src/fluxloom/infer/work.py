@@ -48,17 +48,18 @@ class Machine:
         return replace(self, products=products, **others)
 
 
-# H200: bfloat16, fp8 and attention as measured with random tensors (torch 2.11, 4608 x 3072 x 12288; cuDNN). [E], to be
-# measured: float32, int8, pictures, upload (PCIe 5 x 16 has 63), overhead.
+# H200: bfloat16, fp8 and attention (FA3) as held under load (torch 2.11, bench/results/2026-11-22-h200-peers.json), and
+# upload as seen while blocks streamed. [E], to be measured: float32, int8, pictures.
 # CPU: two cores of an EPYC with AVX-512 bf16, as measured on a transformer of 160 M parameters.
 MACHINES: Mapping[str, Machine] = MappingProxyType(
     {
         "h200": Machine(
             name="one H200",
-            products={"bfloat16": 782, "float32": 50, "fp8": 1466, "int8": 1000},
-            attention=650,
+            products={"bfloat16": 746, "float32": 50, "fp8": 1424, "int8": 1000},
+            attention=690,
             pictures=300,
-            upload=50,
+            upload=55,
+            overhead=1.15,
         ),
         "cpu": Machine(
             name="two cores of a processor",

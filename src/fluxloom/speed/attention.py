@@ -111,6 +111,22 @@ BACKENDS = (
 NAMES = ("auto", *(backend.name for backend in BACKENDS))
 
 
+def begun(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Callable[[], Tensor]]:
+    """Attention in three moves, for those that have a ``begin`` as they exchange tensors with others: what they need is
+    on its way; called, they attend, and what comes of it is on its way; called again, it is here. What is computed
+    between is computed beside. All others do nothing before they are asked to attend.
+    """
+    begin: Callable[..., Callable[[], Callable[[], Tensor]]] | None = getattr(attend, "begin", None)
+    if begin is not None:
+        return begin(q, k, v)
+
+    def middle() -> Callable[[], Tensor]:
+        attended = attend(q, k, v)
+        return lambda: attended
+
+    return middle
+
+
 def backend_for(like: Tensor, head: int, name: str = "auto") -> Backend:
     """The backend for tensors of the device and dtype of ``like`` and heads of a dimension.
 

@@ -14,7 +14,7 @@ Legend: B batch, L tokens (text, then image), D width, N heads, T tokens whose v
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -29,7 +29,7 @@ from fluxloom.core.attention import QKNorm, rope
 from fluxloom.core.transformer import DoubleBlock, SingleBlock, Transformer
 from fluxloom.infer.executor import Given
 from fluxloom.speed import twins
-from fluxloom.speed.attention import Attend, backend_for
+from fluxloom.speed.attention import Attend, backend_for, begun
 
 Hidden = Tensor | twins.Low
 _TOGETHER = 64  # vectors whose modulations are computed in one pass; their table of 12 B takes 2 MB each
@@ -124,13 +124,14 @@ class Fused:
         singles = [cast(SingleBlock, block) for block in model.single_blocks]
         h: Hidden = self.ops.modulated(x, *vectors.single(0)[:2], form=form_of(singles[0].linear1))
         for i, block in enumerate(islice(blocks, len(singles) - 1)):
-            y = self._single(cast(SingleBlock, block), h, cos, sin)
-            shift, scale, _ = vectors.single(i + 1)
-            _, h = self.ops.gated(x, y, vectors.single(i)[2], shift, scale, form=form_of(singles[i + 1].linear1), out=x)
+            gate, (shift, scale, _) = vectors.single(i)[2], vectors.single(i + 1)
+            added = self._single(cast(SingleBlock, block), h, cos, sin)
+            _, h = self.ops.gated(x, added, gate, shift, scale, form=form_of(singles[i + 1].linear1), out=x)
+            del added  # or it would lie there beside the next
         drawn = slice(start, start + targets)
-        y = self._last(cast(SingleBlock, next(blocks)), h, cos, sin, drawn)
+        added = self._last(cast(SingleBlock, next(blocks)), h, cos, sin, drawn)
         gate = vectors.single(len(singles) - 1)[2]
-        _, h = self.ops.gated(x[:, drawn], y, gate, *vectors.last(len(singles)))
+        _, h = self.ops.gated(x[:, drawn], added, gate, *vectors.last(len(singles)))
         for _ in blocks:  # whoever lends blocks learns that the last one is no longer needed
             raise AssertionError("more blocks than the model has")
         out: Tensor = model.final_layer.linear(h)
@@ -154,15 +155,16 @@ class Fused:
             for side, at in rows.items():
                 layer = _side(block, side)
                 ops.placed(
-                    layer.qkv(hidden[side]), *_scales(layer.norm), cos[:, at], sin[:, at], heads,
+                    layer.qkv(hidden.pop(side)), *_scales(layer.norm), cos[:, at], sin[:, at], heads,
                     out=joint, at=at.start,
                 )  # fmt: skip
             attended = self.attend(*joint)
             for side, at in rows.items():
                 parts, view = vectors.double(i, side), x[:, at]
                 mlp = block.img_mlp if side == "img" else block.txt_mlp
-                y = _side(block, side).proj(attended[:, at])
-                _, h = ops.gated(view, y, *parts[2:5], form=form_of(mlp[0]), out=view)
+                _, h = ops.gated(
+                    view, _side(block, side).proj(attended[:, at]), *parts[2:5], form=form_of(mlp[0]), out=view
+                )
                 y = mlp[2](self._activated(mlp[0], h, form_of(mlp[2])))
                 if i + 1 == len(known):
                     ops.gated(view, y, parts[5], out=view)
@@ -173,27 +175,13 @@ class Fused:
                     )
 
     def _single(self, block: SingleBlock, h: Hidden, cos: Tensor, sin: Tensor) -> Tensor:
-        """What a single block adds, before its gate.
-
-        Of plain layers, the first has its gelu in its own product, and the second sums two: nothing is put side by
-        side. In 8 bits a product would round its sum between.
-        """
-        if plain(block.linear1) and plain(block.linear2):
-            return self._summed(block, cast(Tensor, h), cos, sin)
-        qkv, hidden = block.linear1(h).split(block.split, dim=-1)
-        q, k, v = self._placed(block, qkv, cos, sin)
-        mixed = self.ops.beside(self.attend(q, k, v), hidden, form=form_of(block.linear2))
-        out: Tensor = block.linear2(mixed)
-        return out
-
-    def _summed(self, block: SingleBlock, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        up, down, width = block.linear1, block.linear2, block.split[0]
-        attended = self.attend(*self._placed(block, part(up, 0, width, h), cos, sin))
-        active = self.ops.activated(h, up.weight[width:], _bias(up, width))
-        inner = attended.shape[-1]
-        out = F.linear(attended, down.weight[:, :inner], down.bias)
-        out.flatten(0, 1).addmm_(active.flatten(0, 1), down.weight[:, inner:].t())
-        return out
+        """What a single block adds, before its gate."""
+        up, width, whole = block.linear1, block.split[0], sum(block.split)
+        if _watched(up) or not (plain(up) or hasattr(self.attend, "begin")):
+            qkv, hidden = up(h).split(block.split, dim=-1)
+            return self._mixed(block, self._placed(block, qkv, cos, sin), h, lambda: hidden)
+        placed = self._placed(block, part(up, 0, width, h), cos, sin)
+        return self._mixed(block, placed, h, partial(part, up, width, whole, h))
 
     def _activated(self, layer: nn.Module, h: Hidden, form: twins.Form) -> Hidden:
         """gelu of a layer of the input, in one where it can be."""
@@ -205,13 +193,30 @@ class Fused:
 
     def _last(self, block: SingleBlock, h: Hidden, cos: Tensor, sin: Tensor, drawn: slice) -> Tensor:
         """The same for the tokens that are drawn: of all others nothing but keys and values is needed."""
-        width = block.split[0] // 3
-        few = _rows(h, drawn)
-        qkv = torch.cat((part(block.linear1, 0, width, h), part(block.linear1, width, 3 * width, h)), dim=-1)
+        up, width = block.linear1, block.split[0] // 3
+        qkv = torch.cat((part(up, 0, width, h), part(up, width, 3 * width, h)), dim=-1)
         q, k, v = self._placed(block, qkv, cos, sin)
-        hidden = part(block.linear1, 3 * width, sum(block.split), few)
-        mixed = self.ops.beside(self.attend(q[:, drawn], k, v), hidden, form=form_of(block.linear2))
-        out: Tensor = block.linear2(mixed)
+        few = _rows(h, drawn)
+        return self._mixed(block, (q[:, drawn], k, v), few, partial(part, up, 3 * width, sum(block.split), few))
+
+    def _mixed(self, block: SingleBlock, qkv: twins.Three, h: Hidden, hidden: Callable[[], Tensor]) -> Tensor:
+        """The last product of a single block, of what was attended to and of the MLP's inside.
+
+        Where attention exchanges something with others, the MLP is computed beside. Of plain layers the first product
+        has its gelu in itself, and the last is a sum of two, so that nothing is put side by side; in 8 bits, that sum
+        would be rounded between.
+        """
+        up, down, width = block.linear1, block.linear2, block.split[0]
+        attend = begun(self.attend, *qkv)
+        if not (plain(up) and plain(down)):
+            inside = hidden()
+            out: Tensor = down(self.ops.beside(attend()(), inside, form=form_of(down)))
+            return out
+        active = self.ops.activated(h, up.weight[width:], _bias(up, width))
+        attended = attend()
+        inner = width // 3
+        out = F.linear(active, down.weight[:, inner:], _bias(down, 0))
+        out.flatten(0, 1).addmm_(attended().flatten(0, 1), down.weight[:, :inner].t())
         return out
 
     def _placed(self, block: SingleBlock, qkv: Tensor, cos: Tensor, sin: Tensor) -> twins.Three:

@@ -9,6 +9,7 @@ what computes. On a processor the same code runs, with copies of host memory to 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 from fluxloom.core.t5 import T5Encoder
 from fluxloom.errors import Failure
 from fluxloom.infer.executor import Executor, Given, Plain
-from fluxloom.infer.plan import Plan
+from fluxloom.infer.plan import CONTEXT, Plan
 from fluxloom.infer.runtime import Runtime
 from fluxloom.infer.weigh import is_modulation, streams
 from fluxloom.speed.fused import modulation_layers
 from fluxloom.speed.tiled import Tiled
 
 _PAGE = 4096
+_THREADS = 8  # that pack weights
 _ALIGNED = 256  # bytes: what every kernel could ask of an address, and what CUDA's own allocations have
 
 
@@ -41,7 +43,7 @@ class Packed:
             self.places.append(self.nbytes)
             self.nbytes += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
         self.home = _pages(self.nbytes)
-        self.pinned = device.type == "cuda" and _pin(self.home)
+        self.pinned = device.type == "cuda" and _pin(self.home, device)
         self._views: dict[int, list[Tensor]] = {}
         self._at_home = self.views(self.home)
         for tensor, view in zip(self.tensors, self._at_home, strict=True):
@@ -89,10 +91,12 @@ def _pages(nbytes: int) -> Tensor:
     return whole[start : start + -(-nbytes // _PAGE) * _PAGE]
 
 
-def _pin(buffer: Tensor) -> bool:
+def _pin(buffer: Tensor, device: torch.device) -> bool:
     """Let a GPU copy from a buffer by itself. By registering: PyTorch's own pinned buffers are rounded up to a power of
     two, which would make 17 GB of blocks 29."""
-    if int(_cuda().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 1)) != 0:  # 1: for all contexts
+    with torch.cuda.device(device):
+        failed = int(_cuda().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 1))  # 1: for all contexts
+    if failed:
         raise Failure(
             f"got no right to pin {buffer.nbytes / 1e9:.1f} GB of host memory, allowed as much as the weights that "
             "leave the GPU, try a larger --vram, or a machine with more memory"
@@ -308,16 +312,22 @@ class Offloaded:
 
     # ------------------------------------------------------------------------------------------------ setting up
 
-    def _pack(self, tensors: Iterable[Tensor]) -> Packed:
-        self._packs.append(Packed(tensors, self.device))
-        return self._packs[-1]
+    def _pack(self, groups: Iterable[Iterable[Tensor]]) -> list[Packed]:
+        """Each group in a buffer of its own; several at once, since one thread is slow to get and to pin its pages."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            begun = [pool.submit(Packed, group, self.device) for group in groups]
+        self._packs += [one.result() for one in begun if one.exception() is None]
+        return [one.result() for one in begun]
 
     def _stream(self, modules: Sequence[nn.Module], chosen: Sequence[int], skip: Callable[[str], bool]) -> list[Any]:
         """What streams of each module, packed; None for those that are not chosen."""
         pieces: list[Packed | None] = [None] * len(modules)
-        for i in chosen:
-            named = _tensors(modules[i])
-            pieces[i] = self._pack(t for name, t in named.items() if streams(name, tuple(t.shape)) and not skip(name))
+        groups = [
+            [t for name, t in _tensors(modules[i]).items() if streams(name, tuple(t.shape)) and not skip(name)]
+            for i in chosen
+        ]
+        for i, piece in zip(chosen, self._pack(groups), strict=True):
+            pieces[i] = piece
         return pieces
 
     def _place(self, name: str, modules: Sequence[nn.Module], streamed: set[int]) -> None:
@@ -328,7 +338,7 @@ class Offloaded:
             for group in _groups(module)
         ]
         if name not in self.plan.stays:
-            self.parts[name] = Leaving([self._pack(tensors) for tensors in rest if tensors], self.device)
+            self.parts[name] = Leaving(self._pack(filter(None, rest)), self.device)
             return
         for tensor in (tensor for tensors in rest for tensor in tensors):
             self._undo.append(partial(_move, tensor, tensor.device))
@@ -380,8 +390,17 @@ class _Staged:
         return self.inner(img, t, given)
 
 
+def _hold(done: Offloaded, cap: int) -> None:
+    """Let PyTorch take no more than a cap leaves it: near it, what lies empty goes back before more is asked for."""
+    total = torch.cuda.get_device_properties(done.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (cap - CONTEXT) / total), done.device)
+    done._undo.append(lambda: torch.cuda.set_per_process_memory_fraction(1.0, done.device))
+
+
 def _lay_out(done: Offloaded) -> None:
     runtime, plan, device = done.runtime, done.plan, done.device
+    if plan.cap is not None and device.type == "cuda":
+        _hold(done, plan.cap)
     model = runtime.transformer
     towers = [part for part in vars(runtime.reader).values() if isinstance(part, nn.Module)]
     blocks = [*model.double_blocks, *model.single_blocks]

@@ -75,16 +75,27 @@ class Exchange:
     chunks: int = 1
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.begin(q, k, v)()()
+
+    def begin(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Callable[[], Tensor]]:
+        """In three moves: see :func:`attention.begun`."""
         queries = self.tokens if q.shape[1] == k.shape[1] else self.drawn
         heads = heads_each(q.shape[2], self.team.size, self.chunks)
         home = q.new_empty(self.team.size, self.chunks, q.shape[1], len(q), heads * q.shape[3])
         going = [self._spread((q, k, v), (queries, self.tokens, self.tokens), chunk) for chunk in range(self.chunks)]
-        coming = [
-            self._gather(self.attend(*works.tensors()), queries, home[:, chunk]) for chunk, works in enumerate(going)
-        ]
-        for works in coming:
-            works.tensors()
-        return home.permute(3, 2, 0, 1, 4).flatten(2)  # [P, chunks, L_q, B, ...]: ranks, then chunks, as heads lie
+
+        def middle() -> Callable[[], Tensor]:
+            parts = enumerate(going)
+            coming = [self._gather(self.attend(*works.tensors()), queries, home[:, chunk]) for chunk, works in parts]
+
+            def end() -> Tensor:
+                for works in coming:
+                    works.tensors()
+                return home.permute(3, 2, 0, 1, 4).flatten(2)  # [P, chunks, L_q, B, ...]: as heads lie
+
+            return end
+
+        return middle
 
     def _spread(self, tensors: Sequence[Tensor], lengths: Sequence[Shares], chunk: int) -> _Works:
         """Send heads [B, L, N, D] of this rank's tokens to whose they are; [B, all L, N / P, D] are under way."""
@@ -96,7 +107,7 @@ class Exchange:
             for peer, rows in enumerate(_slices(parts)):
                 piece = by_rank[:, :, peer].transpose(0, 1)  # [L, B, heads, D]: tokens first, so that rows are whole
                 if peer == rank:
-                    arrived[rows].copy_(piece)
+                    works.keep(piece, arrived[rows])
                 else:
                     works.swap(peer, piece.contiguous(), arrived[rows])
             works.results.append(arrived.transpose(0, 1))
@@ -108,7 +119,7 @@ class Exchange:
         by_token = attended.transpose(0, 1)
         for peer, rows in enumerate(_slices(queries)):
             if peer == rank:
-                home[rank].copy_(by_token[rows])
+                works.keep(by_token[rows], home[rank])
             else:
                 works.swap(peer, by_token[rows].contiguous(), home[peer])
         return works.begin()
@@ -122,6 +133,11 @@ class _Works:
         self.results: list[Tensor] = []
         self._steps: list[dist.P2POp] = []
         self._works: list[dist.Work] = []
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(self, own: Tensor, into: Tensor) -> None:
+        """What stays here, copied while the others' is under way."""
+        self._kept.append((own, into))
 
     def swap(self, peer: int, out: Tensor, into: Tensor) -> None:
         """A contiguous tensor for another of the same kind. All ranks swap in the same order, so tags agree."""
@@ -131,6 +147,9 @@ class _Works:
 
     def begin(self) -> _Works:
         self._works = dist.batch_isend_irecv(self._steps)
+        for own, into in self._kept:
+            into.copy_(own)
+        self._kept = []
         return self
 
     def tensors(self) -> list[Tensor]:

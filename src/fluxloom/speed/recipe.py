@@ -96,10 +96,8 @@ def _executor(
     wanted = recipe.executor
     if team is not None and wanted == "plain":
         raise BadInput(f"got executor 'plain' on {team.size} GPUs, allowed fused or captured, try auto")
-    if wanted == "auto" and team is not None:
-        wanted = "fused"
     if wanted == "auto":
-        here = "captured" if gpu else "plain" if recipe.attention == "auto" else "fused"
+        here = "captured" if gpu else "plain" if recipe.attention == "auto" and team is None else "fused"
         wanted = here if resident else "fused"
     if wanted == "plain":
         return Plain(runtime.transformer)
