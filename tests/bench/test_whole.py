@@ -20,14 +20,15 @@ STAGES = ("text_s", "first_step_s", "other_steps_s", "decode_s", "save_s")
 def test_the_stages_of_a_picture_add_up(toy: ModelSpec) -> None:
     found = random_runtime(toy, CPU, torch.float32, words=True)
     told: list[str] = []
-    cold, warm = image.run(found, (256, 256), references=1, steps=3, pictures=2, told=told.append)
+    cold, warm, decoder = image.run(found, (256, 256), references=1, steps=3, pictures=2, told=told.append)
     assert [cold["picture"], warm["picture"]] == ["cold", "warm"]
     for row in (cold, warm):
         assert row["total_s"] == pytest.approx(sum(row[stage] for stage in STAGES), abs=1e-3)
         assert all(row[stage] > 0 for stage in STAGES)
         assert row["steps"] == 3
         assert row["step_ms"] == pytest.approx(1e3 * row["other_steps_s"] / 2, abs=0.2)
-    assert len(told) == 2
+    assert (decoder["picture"], len(told)) == ("decoder alone", 3)
+    assert decoder["decode_s"] > 0
 
 
 def test_loads_say_how_much_was_in_memory() -> None:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from fluxloom.bench.results import Row
-from fluxloom.bench.timing import peak, synchronise
+from fluxloom.bench.timing import Timing, measure, peak, synchronise
+from fluxloom.core.shapes import latent_hw
 from fluxloom.core.specs import Size
 from fluxloom.infer.pipeline import Pipeline
 from fluxloom.infer.request import Reference, Request, Result
@@ -55,7 +57,8 @@ def run(
     told: Callable[[str], object] = lambda _: None,
 ) -> Iterator[Row]:
     """A row for every picture, the first of them cold: seconds of reading the prompt, of everything up to the first
-    step and that step, of the others, of decoding (with the receipt), and of writing the PNG."""
+    step and that step, of the others, of decoding (with the receipt), and of writing the PNG. Then one of the
+    decoder alone."""
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     sources = tuple(Reference(Image.fromarray(noise)) for _ in range(references))
     for k in range(pictures):
@@ -65,6 +68,15 @@ def run(
         with peak(found.device) as most:
             row = _picture(found, request)
         yield {"picture": "cold" if k == 0 else "warm", **row, "peak_bytes": most.bytes}
+    told("the decoder alone")
+    yield {"picture": "decoder alone", "decode_s": round(_decoding(found, size).median / 1e3, 5)}
+
+
+@torch.inference_mode()
+def _decoding(found: Runtime, size: Size) -> Timing:
+    """Of latents to pixels, and nothing else."""
+    latents = torch.randn(1, found.spec.autoencoder.z_channels, *latent_hw(*size), device=found.device)
+    return measure(lambda: found.autoencoder.decode(latents), found.device, repeats=10, heat=0.5)
 
 
 def _picture(found: Runtime, request: Request) -> Row:

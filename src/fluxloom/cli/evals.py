@@ -35,13 +35,16 @@ def world(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures drawn at a time: 1 is best on a CPU.")] = 1,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
+    executor: options.Executor = "auto",
+    linears: options.Linears = None,
+    attention: options.Attention = "auto",
     threads: options.Threads = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and the sheets.")] = Path("evals"),
     quiet: options.Quiet = False,
 ) -> None:
     """Count how often a model draws and edits what was asked, as the embedded recogniser sees it; write a report."""
     with Watch(f"loading {model}", quiet=quiet) as watch:
-        loom = drawing.load(model, device, threads, dtype)
+        loom = drawing.load(model, device, threads, dtype, executor=executor, linears=linears, attention=attention)
         from fluxloom.evals.suite import Plan, write_report
         from fluxloom.measure.recogniser import Recogniser
 

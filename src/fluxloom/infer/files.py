@@ -18,6 +18,7 @@ from fluxloom.infer import xmp
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 KEY = "fluxloom"  # of the PNG text chunk
 Quality = int | Mapping[str, Any]  # 1 to 100, or what tables_of() gives
+_PNG_LEVEL = 2  # of 1024 x 1024 grainy pixels: 0.10 s and 1.92 MB, where zlib's own 6 takes 0.25 s for 1.68 MB
 _JPEG_QUALITY = 95  # and full colour resolution, as the official code saves
 
 
@@ -40,7 +41,7 @@ def encode(picture: Image.Image, form: str, note: str | None = None, quality: Qu
         raise BadInput(f"got quality {quality} for {form}, allowed 1 to 100 for JPEG and WebP, try leaving it out")
     options: dict[str, Any] = {}
     if form == "PNG":
-        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options |= {"pnginfo": PngImagePlugin.PngInfo(), "compress_level": _PNG_LEVEL}
         if note is not None:
             options["pnginfo"].add_itxt(KEY, note)
     elif form == "JPEG":
