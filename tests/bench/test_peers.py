@@ -40,6 +40,28 @@ def test_rivals_compute_the_same_from_the_same_memory(name: str, found: Runtime,
     assert shared / sum(p.nbytes for p in theirs) > 0.95  # all but the swapped halves of the last layer
 
 
+@pytest.mark.slow  # a compiler of C++ works for most of it
+@pytest.mark.filterwarnings("ignore")
+def test_a_searched_rival_is_the_same_and_compiled_once_a_kind_of_block(found: Runtime, step: Step) -> None:
+    inputs = step.to(torch.float32)
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    with torch.no_grad():
+        made = rivals.make(Rival("any", "diffusers", compiled=True, search="lists"), found.transformer)
+        assert error(made(inputs), wide(found.transformer, inputs)) < 1e-5
+    # of five blocks: the double kind, the single kind after a double one, and after its own, where strides differ
+    assert graphs["unique_graphs"] - before == 3
+
+
+def test_searches_are_torchs_own_options_and_need_no_mode() -> None:
+    known = set(torch._inductor.list_options())
+    for one in RIVALS:
+        assert not (one.mode and one.search), f"{one.name}: torch.compile takes a mode or options"
+        assert one.search is None or (one.compiled and known >= set(rivals._SEARCHES[one.search]))
+    assert {one.search for one in RIVALS if one.fp8 and not one.extra} == {"lists"}  # what peers are measured with
+
+
 @pytest.mark.parametrize(
     ("rival", "why"),
     [
@@ -92,6 +114,10 @@ def test_a_worker_that_hangs_or_crashes_takes_no_other_with_it() -> None:
     began = time.monotonic()
     found = list(_of(hang, seconds=3))
     assert found == [{"a": 1}, {"skipped": "ended: no time left"}]
+    lines = f'import time; print(\'{MARK}{{"at": "its first step"}}\'); time.sleep(60)'
+    assert list(_of([sys.executable, "-u", "-c", lines], seconds=3)) == [
+        {"skipped": "ended: no time left, at its first step"}
+    ]
     assert time.monotonic() - began < 30
     child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
     assert list(_of([sys.executable, "-c", child], seconds=60)) == []  # its child holds the pipe

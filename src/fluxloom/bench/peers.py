@@ -107,11 +107,13 @@ class Comparison:
 
 
 def _rows(worker: subprocess.Popen[str], end: float) -> Iterator[Row]:
-    """A worker's rows until it is done or the time is over; of one that failed, the end of what it said."""
+    """A worker's rows until it is done or the time is over; of one that failed, the end of what it said, and of one
+    that was ended, where it was."""
     assert worker.stdout is not None
     lines: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=_pass_on, args=(worker.stdout, lines), daemon=True).start()
     said: list[str] = []
+    at = ""
     while True:
         try:
             line = lines.get(timeout=_GLANCE)
@@ -120,12 +122,14 @@ def _rows(worker: subprocess.Popen[str], end: float) -> Iterator[Row]:
                 break  # what it left running (compilers do) holds the pipe open
             if time.monotonic() < end:
                 continue
-            yield {"skipped": "ended: no time left"}
+            yield {"skipped": f"ended: no time left{at}"}
             return
         if line is None:
             break
         row = heard(line)
-        if row is not None:
+        if row is not None and "at" in row:
+            at = f", at {row['at']}"
+        elif row is not None:
             yield row
         else:
             said = [*said, line.rstrip()][-_TAIL:]

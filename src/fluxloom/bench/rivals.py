@@ -26,6 +26,16 @@ Velocity = Callable[[Step], Tensor]
 _CACHED_STEPS = 28
 _SWITCHES = {"cudnn": "_native_cudnn", "fa3": "_flash_3"}  # what diffusers calls them
 
+# How torch.compile chooses block sizes and warps of the kernels that it writes: their code and the products by cuBLAS
+# stay the same. torchao asks for the descent in full, for the whole process: of the 24 kernels of FLUX.1's two kinds of
+# block in fp8 it compiles and times about 330 settings one after another in one thread, 0.05 to 2.5 s of compiler each,
+# and again for every new picture size. The lists hold torch's usual settings (40) and more, 105 in all, and all cores
+# compile them beforehand. Counted and timed for sm_90 with torch 2.13, triton 3.6, torchao 0.18, 512 + 4,096 tokens.
+_SEARCHES = {
+    "lists": {"max_autotune_pointwise": True},
+    "descent": {"coordinate_descent_tuning": True, "coordinate_descent_check_all_directions": True},
+}
+
 
 @dataclass(frozen=True)
 class Rival:
@@ -36,6 +46,7 @@ class Rival:
     attention  "cudnn" or "fa3" by its own switch, "cudnn-held" by torch's around every call; None: as it comes
     fp8        by torchao: products of the blocks in rowwise e4m3, with fused projections
     mode       of torch.compile
+    search     for launch settings of compiled kernels, "lists" or "descent"; None: the usual ones. Never with a mode
     extra      measured only if asked for by name
     steps      that one call takes: a step cache has no single step
     """
@@ -46,6 +57,7 @@ class Rival:
     attention: str | None = None
     fp8: bool = False
     mode: str | None = None
+    search: str | None = None
     extra: bool = False
     steps: int = 1
 
@@ -75,8 +87,13 @@ RIVALS = (
           mode="max-autotune-no-cudagraphs", extra=True),
     Rival("diffusers fp8 compiled", "diffusers", compiled=True, fp8=True, extra=True),
     Rival("diffusers fp8 compiled cudnn", "diffusers", compiled=True, attention="cudnn", fp8=True, extra=True),
-    Rival("diffusers fp8 compiled cudnn-held", "diffusers", compiled=True, attention="cudnn-held", fp8=True),
-    Rival("diffusers fp8 compiled fa3", "diffusers", compiled=True, attention="fa3", fp8=True),
+    Rival("diffusers fp8 compiled cudnn-held", "diffusers", compiled=True, attention="cudnn-held", fp8=True,
+          search="lists"),
+    Rival("diffusers fp8 compiled fa3", "diffusers", compiled=True, attention="fa3", fp8=True, search="lists"),
+    Rival("diffusers fp8 descent cudnn-held", "diffusers", compiled=True, attention="cudnn-held", fp8=True,
+          search="descent", extra=True),
+    Rival("diffusers fp8 descent fa3", "diffusers", compiled=True, attention="fa3", fp8=True,
+          search="descent", extra=True),
     Rival("cache-dit compiled cudnn", "cache-dit", compiled=True, attention="cudnn", steps=_CACHED_STEPS),
 )  # fmt: skip
 
@@ -188,11 +205,12 @@ def _diffusers(rival: Rival, ours: Transformer) -> Made:
     twin.eval().requires_grad_(False)
     made = Made(_diffusers_velocity(twin), twin, _around(rival))
     if rival.fp8:
-        made.notes.append(_eight_bits(twin))
+        made.notes.append(_eight_bits(twin, rival.search))
     if rival.attention in _SWITCHES:  # before compiling: compiled code keeps the backend that it was traced with
         twin.set_attention_backend(_SWITCHES[rival.attention])
     if rival.compiled:
-        twin.compile_repeated_blocks(fullgraph=True, dynamic=False, mode=rival.mode)
+        options = _SEARCHES[rival.search] if rival.search else None
+        twin.compile_repeated_blocks(fullgraph=True, dynamic=False, mode=rival.mode, options=options)
     return made
 
 
@@ -221,7 +239,7 @@ def _offer_fa3() -> None:
     vars(import_module("diffusers.utils.import_utils"))["_flash_attn_3_available"] = True
 
 
-def _eight_bits(twin: Any) -> str:
+def _eight_bits(twin: Any, search: str | None) -> str:
     """Products of the blocks in rowwise e4m3; the layers of modulation and around the blocks stay, as in ours."""
     quantization = import_module("torchao.quantization")
     twin.fuse_qkv_projections()
@@ -238,9 +256,13 @@ def _eight_bits(twin: Any) -> str:
         count += fits
         return fits
 
-    config = quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
+    config = quantization.Float8DynamicActivationFloat8WeightConfig(
+        granularity=quantization.PerRow(),
+        set_inductor_config=False,  # the rival's search says it, for its blocks alone
+    )
     quantization.quantize_(twin, config, filter_fn=wanted)
-    return f"{count} linear layers in e4m3 by torchao, rows scaled"
+    launches = f"searched by {search}" if search else "the usual ones"
+    return f"{count} linear layers in e4m3 by torchao, rows scaled; launch settings {launches} (torchao's own: descent)"
 
 
 # -------------------------------------------------------------------------------------------------------- cache-dit

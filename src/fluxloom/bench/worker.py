@@ -2,7 +2,7 @@
 
 A piece that crashes, runs out of memory or never ends takes no other with it, its peak memory is its own, and what it
 compiles is compiled in front of the clock. Rows go to standard output, each on a line after :data:`MARK`; everything
-else that libraries print is theirs.
+else that libraries print is theirs. A row with ``at`` alone says how far it came, should it be ended there.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def rows(task: Task) -> Iterator[Row]:
             del found  # whoever exchanged weights is measured without those that it gave up
             built = {"model_s": round(setup - began, 2), "setup_s": round(time.perf_counter() - setup, 2)}
             for name, step in steps.items():
+                yield {"at": f"the scene {name}, begun {time.perf_counter() - began:.0f} s after the start"}
                 yield {"scene": name, **built, **_scene(task, call, step.to(own), name, lossy, count)}
                 built = {}
             if notes:
