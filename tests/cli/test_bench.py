@@ -32,7 +32,7 @@ def test_a_step_is_a_table_a_file_and_a_picture(run: Run, here: Path) -> None:
 def test_the_floor_is_counted_measured_and_compared_with(run: Run, here: Path) -> None:
     ended = run("bench", "floor", *QUICK, "--references", "1", "--quiet", "--json", "floor.json")
     assert (ended.code, ended.err) == (0, "")
-    assert {"operations\tTFLOP", "best rate\tTFLOP/s", "floor\tms"} <= set(ended.out.splitlines())
+    assert {"operations\tTFLOP", "best rate\tTFLOP/s\theld", "floor\tms\theld"} <= set(ended.out.splitlines())
     kept = json.loads((here / "floor.json").read_text("utf-8"))
     row = kept["rows"][-1]
     assert row["times_floor"] == pytest.approx(row["ms"] / kept["floor_ms"]["float32"], rel=1e-3)
@@ -45,9 +45,9 @@ def test_a_picture_and_a_load_in_stages(run: Run) -> None:
         "--recipe", "fused+bfloat16",
     )  # fmt: skip
     assert (ended.code, ended.err) == (0, "")
-    head, cold, warm = (line.split("\t") for line in ended.out.splitlines())
+    head, cold, warm, decoder = (line.split("\t") for line in ended.out.splitlines())
     assert head[:3] == ["picture", "text s", "first step s"]
-    assert (cold[0], warm[0]) == ("cold", "warm")
+    assert (cold[0], warm[0], decoder[0]) == ("cold", "warm", "decoder alone")
     ended = run("bench", "load", "nano", "--repeats", "1", "--device", "cpu", "--quiet")
     assert (ended.code, ended.err) == (0, "")
     assert "in page cache" in ended.out
