@@ -86,7 +86,8 @@ class Driver:
 
 def _gpu() -> int:
     """The number by which the driver knows the GPU that is seen first."""
-    return int(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or 0)
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0]
+    return int(first) if first.isdigit() else 0
 
 
 def capped(cap: float, toy: bool) -> Row:

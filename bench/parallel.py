@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxloom.bench.floor import HEAT
 from fluxloom.bench.subject import Step, error, random_module
 from fluxloom.bench.timing import measure
 from fluxloom.core.specs import MODELS, ModelSpec
@@ -33,7 +34,6 @@ from fluxloom.speed.ops import ops_for
 from fluxloom.speed.parallel import Recorded, Spread
 from fluxloom.speed.team import Team, join, together
 
-HEAT = 0.7  # seconds
 ROW = MODELS["flux1-kontext-dev"]
 TOY = replace(
     ROW.transformer,

@@ -40,8 +40,7 @@ from fluxloom.measure.recogniser import Recogniser
 
 FLOOR = "plain+bfloat16"
 USUAL = {
-    "cuda": ("fused", "captured", "captured+fa3", "captured+cudnn", "captured+fp8", "captured+int8",
-             "captured+fp8+fa3-fp8"),
+    "cuda": ("fused", "captured+fa3", "captured+cudnn", "captured+fp8", "captured+int8", "captured+fp8+fa3-fp8"),
     "cpu": ("fused+float32", "fused+bfloat16", "fused+int8"),
 }  # fmt: skip
 

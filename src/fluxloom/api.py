@@ -91,7 +91,7 @@ def load(
         apply(runtime, _planned(recipe, plan), team, plan, where)
         if plan is not None:
             spec = runtime.spec
-            runtime.allows = lambda one: foresee(plan, spec, Work.of(one, spec, len(one.loras)), dtype=name)
+            runtime.allows = lambda one: foresee(plan, spec, Work.of(one, spec), dtype=name)
         return Loom(Pipeline(runtime, MAKERS), plan).previewed(preview_decoder)
 
     if gpus == 1:

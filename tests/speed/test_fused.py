@@ -17,6 +17,7 @@ from fluxloom.infer.adapters import attach
 from fluxloom.infer.executor import Given, Plain
 from fluxloom.speed import attention, fused, twins
 from fluxloom.speed.fused import Fused
+from fluxloom.speed.linear8 import quantise
 from fluxloom.weights.lora import Weighted
 from fluxloom.weights.lora_read import read_lora
 
@@ -153,6 +154,48 @@ def test_queries_and_keys_in_the_dtype_that_attention_takes() -> None:
     got, wanted = (Fused(model, by)(img, t, given) for by in (low, None))
     assert dtypes == {(twins.CODES, twins.CODES, torch.float32)}
     assert 1e-4 < relative(got, wanted) < 0.05
+
+
+@pytest.mark.parametrize("form", [None, "fp8", "int8"])
+def test_what_attention_exchanges_goes_beside_the_mlp(form: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention in three moves: of a single block the MLP comes between the first two; and the velocity is the same."""
+    model = transformer(DEV, 0)
+    done: list[str] = []
+    if form is not None:
+        quantise(model, form)
+    img, t, given = arguments(DEV)
+    wanted = Fused(model)(img, t, given)
+
+    class Moves:
+        def begin(self, *qkv: Tensor) -> Any:
+            done.append("begin")
+
+            def middle() -> Any:
+                done.append("attend")
+                attended = attention.backend_for(qkv[0], 32)(*qkv)
+                return lambda: (done.append("end"), attended)[1]
+
+            return middle
+
+        def __call__(self, *qkv: Tensor) -> Tensor:
+            found: Tensor = self.begin(*qkv)()()
+            return found
+
+    whole, columns = twins.activated, fused.part
+
+    def activated(*given: Any) -> Tensor:
+        done.append("mlp")
+        return whole(*given)
+
+    def part(module: Any, start: int, stop: int, h: Any) -> Tensor:
+        done.extend(["mlp"] if start else [])
+        return columns(module, start, stop, h)
+
+    monkeypatch.setattr(twins, "activated", activated)
+    monkeypatch.setattr(fused, "part", part)
+    assert relative(Fused(model, Moves())(img, t, given), wanted) < LIMIT
+    single = ["begin", "mlp", "attend", "end"]
+    assert done[-len(single) * DEV.depth_single_blocks :] == single * DEV.depth_single_blocks
 
 
 def test_attention_backends_say_why_not() -> None:

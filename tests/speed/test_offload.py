@@ -381,6 +381,17 @@ def test_on_a_gpu_no_pixel_changes_either(name: str) -> None:
     assert all(tensor.device == CPU for module in modules_of(runtime) for tensor in module.state_dict().values())
 
 
+@pytest.mark.gpu
+def test_a_cap_holds_pytorch_until_it_is_undone() -> None:
+    gpu = torch.device("cuda")
+    runtime = make_runtime(CPU, torch.bfloat16)
+    done = offload.apply(runtime, replace(plan(stays=frozenset()), cap=2 * 10**9), gpu)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(3 * 10**9, dtype=torch.uint8, device=gpu)
+    done.undo()
+    torch.empty(3 * 10**9, dtype=torch.uint8, device=gpu)
+
+
 def fused_on(runtime: Runtime, device: torch.device) -> Any:
     return lambda blocks: Fused(runtime.transformer, ops=ops_for(device), blocks=blocks, attend=_attend)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,14 @@ def test_two_gpus_compute_what_one_does(ranks: Callable[..., Found], form: str) 
     code, found = ranks(2, "on_gpus=" + form)
     assert code == 0
     assert found[0]["on_gpus"] < {"float32": 1e-5, "bfloat16": 3e-2}[form]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_gpu_that_fails_ends_captured_passes_on_both(ranks: Callable[..., Found], rank: int) -> None:
+    began = time.monotonic()
+    code, found = ranks(2, f"on_gpus_failure={rank}")
+    assert code != 0
+    assert time.monotonic() - began < 90  # NCCL would wait for ten minutes
+    assert "no more memory here" in found[0]["on_gpus_failure"][0]

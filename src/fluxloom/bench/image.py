@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fluxloom.bench.floor import HEAT
 from fluxloom.bench.results import Row
 from fluxloom.bench.timing import Timing, measure, peak, synchronise
 from fluxloom.core.shapes import latent_hw
@@ -76,7 +77,7 @@ def run(
 def _decoding(found: Runtime, size: Size) -> Timing:
     """Of latents to pixels, and nothing else."""
     latents = torch.randn(1, found.spec.autoencoder.z_channels, *latent_hw(*size), device=found.device)
-    return measure(lambda: found.autoencoder.decode(latents), found.device, repeats=10, heat=0.5)
+    return measure(lambda: found.autoencoder.decode(latents), found.device, repeats=10, heat=HEAT)
 
 
 def _picture(found: Runtime, request: Request) -> Row:

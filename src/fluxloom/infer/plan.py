@@ -41,7 +41,8 @@ LINEARS = ("fp8", "int8")
 # Widths of the model that a token holds at the fullest point of a pass. A single block of the fused sequence: x, its
 # input, queries, keys and values, the MLP's (4), what it attended to, and what comes out. In 8 bits its first product
 # is whole (7), and what it attended to stands beside the MLP's once more, half as wide. Core's own makes more copies.
-_WIDTHS = {"fused": 11, "low": 13, "plain": 21}
+# With LoRAs on the layers, whose hooks want products whole, what an update adds is there as well.
+_WIDTHS = {"fused": 11, "low": 12, "hung": 16, "low, hung": 18, "plain": 21}
 STAGES = ("read", "see", "encode", "sample", "decode")
 _SIZE = re.compile(r"(\d{1,6}(?:\.\d{1,3})?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -272,7 +273,7 @@ def _plan(spec: ModelSpec, work: Work, machine: Machine, dtype: str, choice: _Ch
         own = 0 if part in choice.stays else parts[part]
         on_device = always + own + slots
         seconds, copying = _seconds(stage, spec, work, machine, dtype, choice, weights, own)
-        live = acts[stage] + (kept if stage != "sample" else 0)
+        live = acts[stage] + (kept if stage != "sample" or work.loras else 0)  # passes with LoRAs are not captured
         stages.append(
             Stage(
                 name=stage, weights=on_device, activations=live,
@@ -325,7 +326,7 @@ def _activations(
     to the modules themselves, run on the meta device.
     """
     shape, text = spec.transformer, work.text + SEEN * work.images
-    how = "plain" if not machine.upload else "fused" if linears is None else "low"
+    how = "plain" if not machine.upload else _how(linears, work.loras)
     modulations = 12 * shape.depth + 3 * shape.depth_single_blocks + 2
     width = shape.hidden_size * size
     every_token = _WIDTHS[how] * width + shape.head_dim * 4  # and the angles of its position
@@ -344,6 +345,12 @@ def _activations(
         found["encode"] = max(_picture_bytes(spec.autoencoder, one, tiled, 5 * each) for one in pictures)
     found["decode"] = _picture_bytes(spec.autoencoder, (work.width, work.height), tiled, 6 * each)
     return found
+
+
+def _how(linears: str | None, loras: int) -> str:
+    if loras:
+        return "hung" if linears is None else "low, hung"
+    return "fused" if linears is None else "low"
 
 
 def _picture_bytes(spec: AutoencoderSpec, size: Size, tiled: bool, layers: int) -> int:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -48,8 +49,9 @@ class Machine:
         return replace(self, products=products, **others)
 
 
-# H200: bfloat16, fp8 and attention (FA3) as held under load (torch 2.11, bench/results/2026-11-22-h200-peers.json), and
-# upload as seen while blocks streamed. [E], to be measured: float32, int8, pictures.
+# H200: bfloat16, fp8 and attention (FA3) as held under load (torch 2.11, bench/results/2026-11-22-h200-peers.json).
+# Upload together with plan.HELD_BACK, by which it is divided: 51 to 54 GB/s were seen while blocks streamed
+# (2026-11-22-h200-offload.json). [E], to be measured: float32, int8, pictures.
 # CPU: two cores of an EPYC with AVX-512 bf16, as measured on a transformer of 160 M parameters.
 MACHINES: Mapping[str, Machine] = MappingProxyType(
     {
@@ -122,8 +124,9 @@ class Work:
         return replace(guess, **changed)
 
     @classmethod
-    def of(cls, request: Resolved, spec: ModelSpec, loras: int = 0) -> Work:
-        """Of a request that was checked. References count as large as the target, which they are about."""
+    def of(cls, request: Resolved, spec: ModelSpec) -> Work:
+        """Of a request that was checked. References count as large as the target, which they are about; LoRAs as their
+        files are."""
         size = (request.width, request.height)
         others = sum(request.input(role) is not None for role in ("init", "control"))
         return cls(
@@ -136,8 +139,14 @@ class Work:
             evaluations=evaluations(request.solver, request.steps - request.first_step),
             text=request.text_length or spec.text_length,
             pictures=request.n,
-            loras=loras,
+            loras=sum(_size(lora.path) for lora in request.loras),
         )
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of the weights in a folder of PEFT's."""
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def evaluations(solver: str, steps: int) -> int:

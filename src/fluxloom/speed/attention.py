@@ -96,9 +96,10 @@ def _cudnn(like: Tensor, head: int) -> str | None:
     return None if torch.cuda.get_device_capability(like.device)[0] >= 8 else "needs an Ampere GPU or a newer one"
 
 
-# The first that takes the model is chosen, unless another is asked for. Milliseconds of (1, 24 heads, 4608, 128) in
-# bfloat16 on one H200 (torch 2.11): cudnn 0.410, flash 0.803, efficient 1.594. By itself fa3 is no faster than cudnn,
-# but it takes less power, which bounds a whole step there: 123.7 ms with it, 126.3 without; with a reference 272, 282.
+# The first that takes the model is chosen, unless another is asked for. TFLOP/s in bfloat16 on one H200 at 4608 and at
+# 8704 tokens, held for half a second (torch 2.11): fa3 691 and 693, cudnn 633 and 635, flash 336 and 345, efficient 166
+# and 178. A step takes 117.7 ms with fa3, 118.7 with cudnn; with a reference 255.2 and 262.4.
+# (bench/results/2026-11-22-h200-peers.json)
 BACKENDS = (
     Backend("fa3", _fa3, _hopper),
     Backend("cudnn", _by(SDPBackend.CUDNN_ATTENTION), _cudnn),

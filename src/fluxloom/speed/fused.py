@@ -129,7 +129,7 @@ class Fused:
             _, h = self.ops.gated(x, added, gate, shift, scale, form=form_of(singles[i + 1].linear1), out=x)
             del added  # or it would lie there beside the next
         drawn = slice(start, start + targets)
-        added = self._last(cast(SingleBlock, next(blocks)), h, cos, sin, drawn)
+        added = self._single(cast(SingleBlock, next(blocks)), h, cos, sin, drawn)
         gate = vectors.single(len(singles) - 1)[2]
         _, h = self.ops.gated(x[:, drawn], added, gate, *vectors.last(len(singles)))
         for _ in blocks:  # whoever lends blocks learns that the last one is no longer needed
@@ -174,14 +174,19 @@ class Fused:
                         view, y, parts[5], *vectors.double(i + 1, side)[:2], form=form, out=view
                     )
 
-    def _single(self, block: SingleBlock, h: Hidden, cos: Tensor, sin: Tensor) -> Tensor:
-        """What a single block adds, before its gate."""
+    def _single(self, block: SingleBlock, h: Hidden, cos: Tensor, sin: Tensor, drawn: slice = slice(None)) -> Tensor:
+        """What a single block adds, before its gate, to the tokens that are ``drawn``: of all others nothing but keys
+        and values is needed."""
         up, width, whole = block.linear1, block.split[0], sum(block.split)
-        if _watched(up) or not (plain(up) or hasattr(self.attend, "begin")):
+        few = h if drawn == slice(None) else _rows(h, drawn)
+        inside: Callable[[], Tensor] = partial(part, up, width, whole, few)
+        if _watched(up) or not (plain(up) or few is not h or hasattr(self.attend, "begin")):
             qkv, hidden = up(h).split(block.split, dim=-1)
-            return self._mixed(block, self._placed(block, qkv, cos, sin), h, lambda: hidden)
-        placed = self._placed(block, part(up, 0, width, h), cos, sin)
-        return self._mixed(block, placed, h, partial(part, up, width, whole, h))
+            inside = partial(hidden.__getitem__, (slice(None), drawn))
+        else:
+            qkv = part(up, 0, width, h)
+        q, k, v = self._placed(block, qkv, cos, sin)
+        return self._mixed(block, (q[:, drawn], k, v), few, inside)
 
     def _activated(self, layer: nn.Module, h: Hidden, form: twins.Form) -> Hidden:
         """gelu of a layer of the input, in one where it can be."""
@@ -191,20 +196,12 @@ class Fused:
         found: Hidden = self.ops.gelu(layer(h), form=form)
         return found
 
-    def _last(self, block: SingleBlock, h: Hidden, cos: Tensor, sin: Tensor, drawn: slice) -> Tensor:
-        """The same for the tokens that are drawn: of all others nothing but keys and values is needed."""
-        up, width = block.linear1, block.split[0] // 3
-        qkv = torch.cat((part(up, 0, width, h), part(up, width, 3 * width, h)), dim=-1)
-        q, k, v = self._placed(block, qkv, cos, sin)
-        few = _rows(h, drawn)
-        return self._mixed(block, (q[:, drawn], k, v), few, partial(part, up, 3 * width, sum(block.split), few))
-
     def _mixed(self, block: SingleBlock, qkv: twins.Three, h: Hidden, hidden: Callable[[], Tensor]) -> Tensor:
         """The last product of a single block, of what was attended to and of the MLP's inside.
 
         Where attention exchanges something with others, the MLP is computed beside. Of plain layers the first product
-        has its gelu in itself, and the last is a sum of two, so that nothing is put side by side; in 8 bits, that sum
-        would be rounded between.
+        has its gelu in itself, and the last is a sum of two, so that nothing is put side by side; a product of codes
+        cannot be added to another where it is made.
         """
         up, down, width = block.linear1, block.linear2, block.split[0]
         attend = begun(self.attend, *qkv)
@@ -223,7 +220,7 @@ class Fused:
         """Queries and keys where they lie, unless attention takes them in another dtype."""
         out: twins.Places | None = None
         if self.takes is not None:
-            q, k, _ = (torch.empty_like(x, dtype=self.takes) for x in self.ops.split(qkv, block.heads))
+            q, k = (torch.empty_like(x, dtype=self.takes) for x in self.ops.split(qkv, block.heads)[:2])
             out = q, k, None
         placed: twins.Three = self.ops.placed(qkv, *_scales(block.norm), cos, sin, block.heads, out)
         return placed
@@ -280,10 +277,7 @@ def plain(module: nn.Module) -> bool:
 
 
 def part(module: nn.Module, start: int, stop: int, h: Hidden) -> Tensor:
-    """Columns ``start`` to ``stop`` of what a linear layer gives: only they are computed, unless hooks want it all."""
-    if _watched(module):
-        whole: Tensor = module(h)
-        return whole[..., start:stop]
+    """Columns ``start`` to ``stop`` of what a linear layer gives: only they are computed."""
     if isinstance(module, nn.Linear):
         return F.linear(cast(Tensor, h), module.weight[start:stop], _bias(module, start, stop))
     out: Tensor = cast(Any, module).part(start, stop)(h)

@@ -314,10 +314,14 @@ class Offloaded:
 
     def _pack(self, groups: Iterable[Iterable[Tensor]]) -> list[Packed]:
         """Each group in a buffer of its own; several at once, since one thread is slow to get and to pin its pages."""
+
+        def packed(group: Iterable[Tensor]) -> Packed:
+            pack = Packed(group, self.device)
+            self._packs.append(pack)  # by itself: if another fails, this one is undone
+            return pack
+
         with ThreadPoolExecutor(_THREADS) as pool:
-            begun = [pool.submit(Packed, group, self.device) for group in groups]
-        self._packs += [one.result() for one in begun if one.exception() is None]
-        return [one.result() for one in begun]
+            return list(pool.map(packed, groups))
 
     def _stream(self, modules: Sequence[nn.Module], chosen: Sequence[int], skip: Callable[[str], bool]) -> list[Any]:
         """What streams of each module, packed; None for those that are not chosen."""
@@ -392,9 +396,11 @@ class _Staged:
 
 def _hold(done: Offloaded, cap: int) -> None:
     """Let PyTorch take no more than a cap leaves it: near it, what lies empty goes back before more is asked for."""
-    total = torch.cuda.get_device_properties(done.device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (cap - CONTEXT) / total), done.device)
-    done._undo.append(lambda: torch.cuda.set_per_process_memory_fraction(1.0, done.device))
+    with torch.cuda.device(done.device):  # what follows takes no device without a number
+        number = torch.cuda.current_device()
+    total = torch.cuda.get_device_properties(number).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (cap - CONTEXT) / total), number)
+    done._undo.append(lambda: torch.cuda.set_per_process_memory_fraction(1.0, number))
 
 
 def _lay_out(done: Offloaded) -> None:

@@ -14,6 +14,7 @@ import atexit
 import gc
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ from fluxloom.infer.runtime import Runtime
 from fluxloom.speed.attention import Attend
 from fluxloom.speed.team import LOOK, Team
 
-_KEPT = 4  # executors, one for each set of lengths
+_KEPT = 2  # executors, one for each set of lengths; what a captured one computes in is its own
 
 Shares = tuple[int, ...]  # how many tokens each rank has
 
@@ -232,7 +233,8 @@ class Spread:
             self.team.heard()
         except BaseException as error:  # an interrupt, too: the others are in the middle of an exchange
             cause = self._cause(error)
-            self.forget()
+            del share
+            self.forget(error)
             self.team.fail(cause)
             if cause is error:
                 raise
@@ -257,9 +259,11 @@ class Spread:
 
     # ------------------------------------------------------------------------------------------------ on every rank
 
-    def forget(self) -> None:
-        """Let go of executors, before the team is left: NCCL waits for ever to end what a CUDA graph still holds."""
+    def forget(self, error: BaseException | None = None) -> None:
+        """Let go of executors, before the team is left: NCCL waits for ever to end what a CUDA graph still holds. Those
+        that an error came through are in its frames, too."""
         self._inners, self._last = {}, None
+        traceback.clear_frames(error.__traceback__ if error else None)
         gc.collect()
 
     def _share(self, given: Given) -> _Share:
@@ -352,7 +356,11 @@ def spread(runtime: Runtime, team: Team, attend: Attend, make: Callable[[Attend]
     runtime.loras = rack = Recorded(runtime.loras)
     found = Spread(team, rack, attend, make)
     if team.rank:
-        found.serve()
+        try:
+            found.serve()
+        except BaseException as error:
+            found.forget(error)
+            raise
         found.forget()
         team.leave()
         sys.exit(0)

@@ -33,7 +33,7 @@ class Recipe:
     """How to compute.
 
     executor   ``plain``: core's own forward pass; ``fused``: the fused sequence; ``captured``: that in CUDA graphs;
-               ``auto``: captured on a GPU, plain on a processor
+               ``auto``: captured on GPUs, plain on a processor, fused on several of them
     linears    ``fp8`` or ``int8``: the products of the blocks in 8 bits (lossy); None: as the weights are
     attention  a name of :data:`attention.BACKENDS`, or ``auto``
     """
