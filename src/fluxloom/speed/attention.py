@@ -81,6 +81,8 @@ def _half(like: Tensor, head: int) -> str | None:
 def _hopper(like: Tensor, head: int) -> str | None:
     if refused := _half(like, head):
         return refused
+    if like.dtype != torch.bfloat16:  # others are left out of the package
+        return "needs bfloat16"
     if torch.cuda.get_device_capability(like.device)[0] != 9:
         return "needs a Hopper GPU"
     return None if find_spec(_FA3) else "needs the package fa3-fwd"
