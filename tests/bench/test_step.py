@@ -131,6 +131,7 @@ def test_the_peak_is_of_what_is_inside() -> None:
         ),
         ("Memcpy DtoD (Device -> Device)", "copies"),
         ("triton_poi_fused_gelu_0", "rest"),
+        ("triton_red_fused__fused_rms_norm__scaled_dot_product_cudnn_attention__to_copy_add_mul_neg", "rest"),
     ],
 )
 def test_kernels_are_told_apart_by_name(name: str, kind: str) -> None:

@@ -16,12 +16,16 @@ _KINDS = (
     ("products", re.compile(r"gemm|nvjet|cutlass|cublas|xmma|scaled_mm|int_mm|::(add)?mm|::linear|mkldnn", re.I)),
     ("copies", re.compile(r"memcpy|memset|aten::copy_|aten::cat|CatArray", re.IGNORECASE)),
 )
+# What torch.compile writes around products and attention, named after whatever it fuses: pointwise, reductions.
+_FUSED = ("triton_poi_", "triton_red_", "triton_per_")
 _MARKS = ("##", "Torch-Compiled Region", "ProfilerStep")  # ranges that compiled code marks on the device's timeline
 _LONG = 160  # letters of a kernel's name that are kept: templates go on for pages
 
 
 def kind_of(kernel: str) -> str:
     """attention, products, copies, or the rest: elementwise work, norms, reductions."""
+    if kernel.startswith(_FUSED):
+        return "rest"
     return next((kind for kind, words in _KINDS if words.search(kernel)), "rest")
 
 
