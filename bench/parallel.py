@@ -63,12 +63,10 @@ def compared(
         spread = Spread(team, Recorded(Rack(model, spec)), attend, make, chunks)
         if one is None:
             spread.serve()
-            spread.forget()
             continue
         many = measure(lambda spread=spread: velocity(spread), team.device, heat=HEAT)
         apart = error(velocity(spread), velocity(alone))
         spread.stop()
-        spread.forget()
         yield {
             "executor": spread.name, "chunks": chunks, "one_ms": one.median, **many.facts(),
             "speed_up": one.median / many.median, "apart": apart,

@@ -173,7 +173,7 @@ def measured(
 
 def summary(rows: list[dict[str, Any]], chosen: Mapping[str, Arm]) -> dict[str, Any]:
     """Every arm over cases."""
-    told: dict[str, Any] = {"cases": len(rows), "reference held": _share([row["reference"] for row in rows])}
+    told: dict[str, Any] = {"cases": len(rows), "reference held": share([row["reference"] for row in rows])}
     for name, arm in chosen.items():
         found = [row["arms"][name] for row in rows]
         errors = [one["error"] for one in found]
@@ -182,7 +182,7 @@ def summary(rows: list[dict[str, Any]], chosen: Mapping[str, Arm]) -> dict[str, 
             "error": round(statistics.geometric_mean(errors), 4),
             "median": round(statistics.median(errors), 4),
             "psnr": round(statistics.fmean(one["psnr"] for one in found), 1),
-            "held": _share([one["held"] for one in found]),
+            "held": share([one["held"] for one in found]),
         }
         if arm.controls:
             told[name]["versus"] = {other: _versus(rows, name, other) for other in arm.controls}
@@ -196,7 +196,13 @@ def _versus(rows: list[dict[str, Any]], name: str, control: str) -> dict[str, An
     return {"better": better, "log ratio": round(statistics.fmean(logs), 3), "standard error": round(spread, 3)}
 
 
-def _share(verdicts: list[list[bool]]) -> str:
+def in_turn(suite: str, number: int) -> Case:
+    """A case of the development split: from each group of a suite in turn."""
+    groups = SUITES[suite]
+    return case_of("dev", SEED, groups[number % len(groups)], number // len(groups))
+
+
+def share(verdicts: list[list[bool]]) -> str:
     return f"{sum(map(sum, verdicts))} of {sum(map(len, verdicts))}"
 
 
@@ -226,8 +232,7 @@ def main() -> None:
         for what, suite, count in (("draw", "draw", options.draw), ("edit", "edits", options.edit)):
             if number >= count:
                 continue
-            groups = SUITES[suite]
-            case = case_of("dev", SEED, groups[number % len(groups)], number // len(groups))
+            case = in_turn(suite, number)
             row = measured(runtime, reader, case, chosen, options.reference, options.size)
             rows.setdefault(what, []).append(row)
             about["minutes"] = round((time.perf_counter() - began) / 60, 1)

@@ -23,14 +23,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from quality import SEED, walked
+from quality import in_turn, share, walked
 
 import fluxloom as fl
 from fluxloom.bench.step import NOISE, said
 from fluxloom.bench.ways import way
 from fluxloom.core.shapes import latent_hw
 from fluxloom.core.solvers import SOLVERS
-from fluxloom.evals.cases import SUITES, Case, case_of
+from fluxloom.evals.cases import Case
 from fluxloom.evals.world import request_for
 from fluxloom.infer.conditions import condition
 from fluxloom.infer.request import resolve
@@ -48,9 +48,8 @@ USUAL = {
 def loaded(recipe: str, device: str) -> Runtime:
     """nano, computing by a recipe. Raises BadInput for what this machine cannot do."""
     one = way(recipe)
-    more = {} if one.attention is None else {"attention": one.attention}
-    dtype = one.dtype or ("bfloat16" if device == "cuda" else "float32")
-    return fl.load("nano", device, dtype, executor=one.executor, linears=one.linears, **more).pipeline.runtime
+    how = {"executor": one.executor, "linears": one.linears, "attention": one.attention or "auto"}
+    return fl.load("nano", device, one.dtype, **how).pipeline.runtime
 
 
 def drawn(runtime: Runtime, reader: Recogniser, case: Case) -> tuple[torch.Tensor, Any, list[bool]]:
@@ -64,22 +63,18 @@ def drawn(runtime: Runtime, reader: Recogniser, case: Case) -> tuple[torch.Tenso
 
 
 def summary(rows: list[dict[str, Any]], recipes: list[str]) -> dict[str, Any]:
-    told: dict[str, Any] = {"cases": len(rows), "truth held": _share([row["truth"] for row in rows])}
+    told: dict[str, Any] = {"cases": len(rows), "truth held": share([row["truth"] for row in rows])}
     for name in recipes:
         found = [row["recipes"][name] for row in rows]
         error = statistics.geometric_mean(max(one["error"], 1e-9) for one in found)
         told[name] = {
             "error": float(f"{error:.4g}"),
             "psnr": round(statistics.fmean(one["psnr"] for one in found), 1),
-            "held": _share([one["held"] for one in found]),
+            "held": share([one["held"] for one in found]),
         }
         told[name]["noise"] = round(told[name]["error"] / told[FLOOR]["error"], 2)
         told[name]["lossy"] = told[name]["noise"] > NOISE
     return told
-
-
-def _share(verdicts: list[list[bool]]) -> str:
-    return f"{sum(map(sum, verdicts))} of {sum(map(len, verdicts))}"
 
 
 @torch.inference_mode()
@@ -104,8 +99,7 @@ def main() -> None:
     for what, suite, count in (("draw", "draw", given.draw), ("edit", "edits", given.edit)):
         rows = []
         for number in range(count):
-            groups = SUITES[suite]
-            case = case_of("dev", SEED, groups[number % len(groups)], number // len(groups))
+            case = in_turn(suite, number)
             exact, pixels, held = drawn(truth, reader, case)
             row: dict[str, Any] = {"case": f"{case.group} {case.index}", "truth": held, "recipes": {}}
             for name, runtime in runtimes.items():

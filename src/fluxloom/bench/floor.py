@@ -21,7 +21,7 @@ from fluxloom.core.specs import TransformerSpec
 from fluxloom.speed.attention import BACKENDS
 
 _SINUSOID = 256  # numbers that a time or a guidance value is embedded from
-HEAT = 0.5  # seconds
+HEAT = 0.5  # seconds of the same work, after which a rate is one that a GPU holds
 _COPY = {"cuda": 1 << 32, "cpu": 1 << 28}  # bytes; many times what any cache holds
 _FP8 = (8, 9)  # the least compute capability with matrix products in 8-bit floats
 _ROTATE = 8  # sets of operands that are used in turns: the same ones over and over would be found in the cache
@@ -164,22 +164,6 @@ def ceilings(
     return Ceilings(best, attention, _copies(device, repeats), layers, missing | lacks)
 
 
-def reached(
-    spec: TransformerSpec,
-    text: int,
-    image: int,
-    batch: int,
-    device: torch.device,
-    told: Callable[[str], object] = lambda _: None,
-    repeats: int = 10,
-) -> tuple[Ceilings, Ceilings]:
-    """The ceilings of short runs, and those that are held for longer; on a processor both are the same."""
-    short = ceilings(spec, text, image, batch, device, told, repeats)
-    if device.type != "cuda":
-        return short, short
-    return short, ceilings(spec, text, image, batch, device, told, repeats, HEAT)
-
-
 def _forms(device: torch.device) -> tuple[dict[str, Callable[..., Callable[[], object]]], dict[str, str]]:
     """How to multiply in each form, and why not in the others."""
     forms: dict[str, Callable[..., Callable[[], object]]] = {"bfloat16": partial(_product, dtype=torch.bfloat16)}
@@ -284,6 +268,20 @@ def floors(counted: Count, found: Ceilings) -> dict[str, float]:
             if form == "fp8":
                 out[f"fp8+{name}"] = out[form] + (counted.attention / found.attention[name] - rest) / 1e9
     return {name: round(ms, 3) for name, ms in out.items()}
+
+
+def reached(counted: Count, measured: Callable[..., Ceilings], device: torch.device) -> Row:
+    """What is counted, with the ceilings and floors of short runs and of those that are held for longer: ``measured``
+    without a heat, and with :data:`HEAT`; on a processor both are the same."""
+    short = measured()
+    held = measured(heat=HEAT) if device.type == "cuda" else short
+    return {
+        "tflop": counted.facts(),
+        "ceilings": short.facts(),
+        "floor_ms": floors(counted, short),
+        "held": held.facts(),
+        "held_floor_ms": floors(counted, held),
+    }
 
 
 def _rounds(name: str) -> bool:

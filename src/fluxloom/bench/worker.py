@@ -154,17 +154,11 @@ def _ground(task: Task, found: Runtime, steps: dict[str, Step]) -> Iterator[Row]
         text, image = step.tokens
         counted = floor.count(found.spec.transformer, text, image, task.batch)
         with torch.inference_mode():
-            short, held = floor.reached(found.spec.transformer, text, image, task.batch, device, repeats=task.repeats)
-        yield {
-            "scene": name,
-            "tokens": [text, image],
-            "noise": noise,
-            "tflop": counted.facts(),
-            "ceilings": short.facts(),
-            "floor_ms": floor.floors(counted, short),
-            "held": held.facts(),
-            "held_floor_ms": floor.floors(counted, held),
-        }
+            rates = partial(
+                floor.ceilings, found.spec.transformer, text, image, task.batch, device, repeats=task.repeats
+            )
+            facts = floor.reached(counted, rates, device)
+        yield {"scene": name, "tokens": [text, image], "noise": noise, **facts}
 
 
 def main(words: list[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,6 @@ from fluxloom.errors import BadInput
 if TYPE_CHECKING:
     import torch
 
-    from fluxloom.bench.floor import Ceilings, Count
     from fluxloom.bench.results import Results
     from fluxloom.core.specs import Size
 
@@ -25,7 +25,7 @@ app = typer.Typer(add_completion=False)
 MODEL = "A name of `fluxloom models`: with random weights, except nano; or a folder or a file, loaded."
 Model = Annotated[str, typer.Option("--model", "-m", metavar="REF", help=MODEL)]
 Sized = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Of the picture; default: the model's own.")]
-Several = Annotated[int, typer.Option("--references", min=0, max=8, help="Reference pictures beside it.")]
+Count = Annotated[int, typer.Option("--references", min=0, max=8, help="Reference pictures beside it.")]
 Seen = Annotated[
     str | None,
     typer.Option("--reference-size", metavar="WxH", help="Of each; default: 1024x1024, or the size to draw."),
@@ -55,7 +55,7 @@ def bench() -> None:
 def step(
     model: Model = "nano",
     size: Sized = None,
-    references: Several = 0,
+    references: Count = 0,
     reference_size: Seen = None,
     batch: Batch = 1,
     recipe: Recipes = None,
@@ -93,7 +93,7 @@ def step(
 def image(
     model: Model = "nano",
     size: Sized = None,
-    references: Several = 0,
+    references: Count = 0,
     steps: options.Steps = None,
     recipe: Annotated[str, typer.Option("--recipe", metavar="WORDS", help="How to compute; one of `step`.")] = "",
     device: Device = "auto",
@@ -147,7 +147,7 @@ def load(
 def floor(
     model: Model = "nano",
     size: Sized = None,
-    references: Several = 0,
+    references: Count = 0,
     reference_size: Seen = None,
     batch: Batch = 1,
     recipe: Recipes = None,
@@ -172,11 +172,11 @@ def floor(
     one = subject.Step.of(found.spec, drawn, seen, batch, where)
     run = _results("floor", where, json, model=model, size=drawn, references=seen, batch=batch, tokens=one.tokens)
     counted = floors.count(spec, *one.tokens, batch)
-    short, held = floors.reached(spec, *one.tokens, batch, where, _teller(quiet), repeats)
-    least = floors.floors(counted, short)
-    run.note(tflop=counted.facts(), ceilings=short.facts(), floor_ms=least)
-    run.note(held=held.facts(), held_floor_ms=floors.floors(counted, held))
-    _show_floor(counted, short, held)
+    rates = partial(floors.ceilings, spec, *one.tokens, batch, where, _teller(quiet), repeats)
+    facts = floors.reached(counted, rates, where)
+    least = facts["floor_ms"]
+    run.note(**facts)
+    _show_floor(facts)
     own_dtype = "bfloat16" if where.type == "cuda" else "float32"
     rows = steps.run(found, one, asked, repeats=repeats, told=_teller(quiet))
     _finish(
@@ -320,23 +320,19 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
             print(plain(f"{row.get('recipe', row.get('peer', ''))}: skipped: {row['skipped']}"))
 
 
-def _show_floor(counted: Count, short: Ceilings, held: Ceilings) -> None:
-    """The rates of short runs and of those after ``floor.HEAT`` seconds of the same, and what follows from each."""
-    from fluxloom.bench.floor import floors
-
-    print_table(("operations", "TFLOP"), [(name, f"{value:.4g}") for name, value in counted.facts().items()])
-    told = [
-        {f"products {name}": rate for name, rate in one.products.items()}
-        | {f"attention {name}": rate for name, rate in one.attention.items()}
-        for one in (short, held)
+def _show_floor(facts: Mapping[str, Any]) -> None:
+    """The rates of short runs and of those that are held, and what follows from each: of :func:`floor.reached`."""
+    print_table(("operations", "TFLOP"), [(name, f"{value:.4g}") for name, value in facts["tflop"].items()])
+    short, held = facts["ceilings"], facts["held"]
+    rates = [
+        (f"{kind} {name}", f"{rate:.4g}", f"{held[f'{kind}_tflops'].get(name, 0):.4g}")
+        for kind in ("products", "attention")
+        for name, rate in short[f"{kind}_tflops"].items()
     ]
-    rates = [(name, f"{rate:.4g}", f"{told[1].get(name, 0):.4g}") for name, rate in told[0].items()]
     print_table(("best rate", "TFLOP/s", "held"), rates)
-    print_table(("copies", "GB/s"), [("read and written", f"{short.copies:.4g}")])
-    least = [floors(counted, one) for one in (short, held)]
-    print_table(
-        ("floor", "ms", "held"), [(name, f"{ms:.4g}", f"{least[1][name]:.4g}") for name, ms in least[0].items()]
-    )
+    print_table(("copies", "GB/s"), [("read and written", f"{short['copies_gb_s']:.4g}")])
+    least = [(name, f"{ms:.4g}", f"{facts['held_floor_ms'][name]:.4g}") for name, ms in facts["floor_ms"].items()]
+    print_table(("floor", "ms", "held"), least)
 
 
 def _draw(run: Mapping[str, Any], out: Path) -> None:

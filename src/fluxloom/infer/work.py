@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +14,7 @@ from fluxloom.core.solvers import SOLVERS
 from fluxloom.core.specs import ModelSpec, Size, TransformerSpec
 from fluxloom.errors import BadInput
 from fluxloom.infer.request import Resolved
+from fluxloom.weights.lora_file import held
 
 SEEN = 729  # tokens of a picture that stands for words
 
@@ -139,14 +139,8 @@ class Work:
             evaluations=evaluations(request.solver, request.steps - request.first_step),
             text=request.text_length or spec.text_length,
             pictures=request.n,
-            loras=sum(_size(lora.path) for lora in request.loras),
+            loras=sum((held(lora.path) or lora.path).stat().st_size for lora in request.loras),
         )
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file, or of the weights in a folder of PEFT's."""
-    files = path.glob("*.safetensors") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
 
 
 def evaluations(solver: str, steps: int) -> int:

@@ -179,12 +179,13 @@ class Fused:
         and values is needed."""
         up, width, whole = block.linear1, block.split[0], sum(block.split)
         few = h if drawn == slice(None) else _rows(h, drawn)
-        inside: Callable[[], Tensor] = partial(part, up, width, whole, few)
-        if _watched(up) or not (plain(up) or few is not h or hasattr(self.attend, "begin")):
+        inside: Callable[[], Tensor]
+        apart = plain(up) or few is not h or hasattr(self.attend, "begin")  # else one product is better than two
+        if apart and not _watched(up):
+            qkv, inside = part(up, 0, width, h), partial(part, up, width, whole, few)
+        else:
             qkv, hidden = up(h).split(block.split, dim=-1)
             inside = partial(hidden.__getitem__, (slice(None), drawn))
-        else:
-            qkv = part(up, 0, width, h)
         q, k, v = self._placed(block, qkv, cos, sin)
         return self._mixed(block, (q[:, drawn], k, v), few, inside)
 
@@ -212,7 +213,7 @@ class Fused:
         active = self.ops.activated(h, up.weight[width:], _bias(up, width))
         attended = attend()
         inner = width // 3
-        out = F.linear(active, down.weight[:, inner:], _bias(down, 0))
+        out = F.linear(active, down.weight[:, inner:], down.bias)
         out.flatten(0, 1).addmm_(attended().flatten(0, 1), down.weight[:, :inner].t())
         return out
 

@@ -245,17 +245,23 @@ class Spread:
         """On rank 0: no more pictures; the others go on after :meth:`serve`."""
         if not self.team.left:
             self.team.tell(None)
+        self.forget()
 
     @torch.inference_mode()
     def serve(self) -> None:
         """On all other ranks: compute shares until rank 0 stops. Raises what goes wrong here or there."""
-        while (facts := self.team.hear()) is not None:
-            img, t = self._received(facts["img"]), facts["t"]
-            if facts["given"] is not None:
-                self._take(facts["given"])
-            assert self._last is not None
-            self._run(img, t, self._last[1])
-            self.team.settle()
+        try:
+            while (facts := self.team.hear()) is not None:
+                img, t = self._received(facts["img"]), facts["t"]
+                if facts["given"] is not None:
+                    self._take(facts["given"])
+                assert self._last is not None
+                self._run(img, t, self._last[1])
+                self.team.settle()
+        except BaseException as error:
+            self.forget(error)
+            raise
+        self.forget()
 
     # ------------------------------------------------------------------------------------------------ on every rank
 
@@ -356,12 +362,7 @@ def spread(runtime: Runtime, team: Team, attend: Attend, make: Callable[[Attend]
     runtime.loras = rack = Recorded(runtime.loras)
     found = Spread(team, rack, attend, make)
     if team.rank:
-        try:
-            found.serve()
-        except BaseException as error:
-            found.forget(error)
-            raise
-        found.forget()
+        found.serve()
         team.leave()
         sys.exit(0)
 
@@ -369,7 +370,6 @@ def spread(runtime: Runtime, team: Team, attend: Attend, make: Callable[[Attend]
     def end() -> None:
         with suppress(RuntimeError):  # a launcher that is gone has nobody to tell
             found.stop()
-            found.forget()
             team.leave()
 
     return found
