@@ -125,9 +125,9 @@ class Ceilings:
 
     def facts(self) -> dict[str, Any]:
         return {
-            "products_tflops": {name: round(rate, 2) for name, rate in self.products.items()},
-            "attention_tflops": {name: round(rate, 2) for name, rate in self.attention.items()},
-            "copies_gb_s": round(self.copies, 1),
+            "products_tflops": {name: float(f"{rate:.5g}") for name, rate in self.products.items()},
+            "attention_tflops": {name: float(f"{rate:.5g}") for name, rate in self.attention.items()},
+            "copies_gb_s": float(f"{self.copies:.5g}"),
             "layers": self.layers,
             "missing": self.missing,
         }
