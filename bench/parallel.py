@@ -49,10 +49,11 @@ TOY = replace(
 def compared(
     team: Team, spec: ModelSpec, model: Transformer, make: Callable[[Attend], Executor], step: Step
 ) -> Iterator[dict[str, Any]]:
-    """Rows on rank 0, by parts of the exchange; the others serve."""
+    """Rows on rank 0, by parts of the exchange; the others serve. The step is one that others follow."""
+    given = replace(step.given, times=(step.t[0], 0.0))
 
     def velocity(executor: Executor) -> Tensor:
-        return executor(step.img, step.t, step.given)
+        return executor(step.img, step.t, given)
 
     attend = backend_for(step.img[:0], spec.transformer.head_dim)
     alone = make(attend)

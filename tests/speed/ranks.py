@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from lora_makers import MAKERS
@@ -27,6 +28,7 @@ from fluxloom.speed.graphs import Captured
 from fluxloom.speed.ops import ops_for
 from fluxloom.speed.parallel import Exchange, Recorded, Spread, shares
 from fluxloom.speed.team import Team, join, together
+from fluxloom.speed.twins import CODES
 
 PLAIN = next(backend for backend in BACKENDS if backend.name == "torch")
 TINY = replace(DEV, hidden_size=96, num_heads=6, axes_dim=(4, 6, 6))
@@ -49,25 +51,56 @@ def exchange(team: Team) -> float:
     return worst
 
 
-def given(batch: int, text: int, seed: int, adapted: bool = False) -> tuple[Given, Tensor]:
+class _OfCodes:
+    """Attention that takes queries and keys in e4m3."""
+
+    takes = CODES
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return PLAIN(q.float(), k.float(), v)
+
+
+def rooms(team: Team) -> float:
+    """The same of what was written where nothing need be copied; whole, for few queries, and in e4m3."""
+    worst = 0.0
+    for batch, attend in ((1, PLAIN), (2, PLAIN), (2, _OfCodes())):
+        each = 5
+        exchange = Exchange(attend, team, (each,) * team.size, (each - 2,) * team.size)
+        tensors = list(torch.randn(3, batch, each * team.size, 6, 4))
+        tensors = [x.to(exchange.takes or x.dtype) for x in tensors[:2]] + tensors[2:]
+        wanted = attend(*tensors)
+        places = [exchange.room(x, 6, 4) for x in tensors]
+        own = slice(each * team.rank, each * (team.rank + 1))
+        for x, place in zip(tensors, places, strict=True):
+            assert place is not None
+            place.copy_(x[:, own].unflatten(2, (team.size, -1)))
+        q, k, v = cast(list[Tensor], places)
+        worst = max(worst, relative(exchange(q, k, v), wanted[:, own]))
+        worst = max(worst, relative(exchange(q[:, 2:], k, v), wanted[:, own][:, 2:]))
+    assert Exchange(PLAIN, team, shares(5 * team.size - 1, team.size), (3,) * team.size).room(v, 6, 4) is None
+    assert Exchange(PLAIN, team, (5,) * team.size, (3,) * team.size, 6 // team.size).room(v, 6, 4) is None
+    return worst
+
+
+def given(batch: int, text: int, seed: int, adapted: bool = False, rows: int = 7) -> tuple[Given, Tensor]:
     """7 x 5 tokens to be drawn and a reference of 3 x 2, with what is given beside them."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, generator=generator)
 
-    ids = torch.cat((image_ids(14, 10), image_ids(6, 4, 1)))
+    ids = torch.cat((image_ids(2 * rows, 10), image_ids(6, 4, 1)))
     known = Given(
         txt=noise(text, TINY.context_in_dim),
         txt_ids=text_ids(text).expand(batch, -1, -1),
         img_ids=ids.expand(batch, -1, -1),
         pooled=noise(TINY.vec_in_dim),
         guidance=tuple(2.0 + k for k in range(batch)),
-        targets=35,
+        targets=5 * rows,
         times=(1.0, 0.7),
         adapted=adapted,
     )
-    return known, noise(41, TINY.in_channels)
+    return known, noise(5 * rows + 6, TINY.in_channels)
 
 
 def spread_over(team: Team, model: Transformer, make: Callable[[Attend], Executor], chunks: int = 1) -> Spread:
@@ -83,8 +116,8 @@ def velocities(team: Team) -> float | None:
         return spread.serve()
     assert spread.name == f"{Fused(model).name} on {team.size} processes"
     plain, worst = Plain(transformer(TINY, 0)), 0.0
-    one, two = given(1, 5, seed=1), given(2, 8, seed=2)
-    for (known, img), t in ((one, 1.0), (one, 0.7), (two, 0.5), (one, 0.2), (two, 0.2)):
+    one, two, even = given(1, 5, seed=1), given(2, 8, seed=2), given(2, 6, seed=3, rows=6)
+    for (known, img), t in ((one, 1.0), (one, 0.7), (two, 0.5), (even, 0.7), (even, 0.3), (one, 0.2), (two, 0.2)):
         times = [t - 0.1 * k for k in range(len(img))]
         worst = max(worst, relative(spread(img, times, known), plain(img, times, known)[:, : known.targets]))
     spread.stop()
@@ -113,11 +146,11 @@ def with_lora(team: Team, file: str) -> list[float] | None:
     return [*found, relative(acted, last)]
 
 
-def on_gpus(team: Team, form: str) -> float | None:
+def on_gpus(team: Team, form: str, name: str = "auto") -> float | None:
     """The same on GPUs, by NCCL and whatever attention and kernels there are, for one and two parts of the heads."""
     dtype, home = getattr(torch, form), team.device
     model = transformer(TWELVE, 0).to(home, dtype)
-    attend, worst = backend_for(torch.empty(0, device=home, dtype=dtype), TWELVE.head_dim), 0.0
+    attend, worst = backend_for(torch.empty(0, device=home, dtype=dtype), TWELVE.head_dim, name), 0.0
     plain = Plain(transformer(TWELVE, 0).to(home))
     for chunks in (1, 2):
         rack = Recorded(Rack(model, replace(SPEC, transformer=TWELVE)))
@@ -125,10 +158,10 @@ def on_gpus(team: Team, form: str) -> float | None:
         if team.rank:
             spread.serve()
             continue
-        for batch, t in ((1, 1.0), (2, 0.5)):
-            known, img = given(batch, 8, seed=2)
+        for batch, t, rows in ((1, 1.0, 7), (2, 0.5, 7), (1, 1.0, 8), (2, 0.5, 8)):
+            known, img = given(batch, 8, seed=2, rows=rows)
             exact = moved(known, home, torch.float32)
-            want = plain(img.to(home), [t] * batch, exact)[:, :35]
+            want = plain(img.to(home), [t] * batch, exact)[:, : known.targets]
             got = spread(img.to(home, dtype), [t] * batch, moved(known, home, dtype))
             worst = max(worst, relative(got.float(), want))
         spread.stop()
@@ -218,7 +251,8 @@ def killed(team: Team) -> None:
 
 
 CASES = {
-    case.__name__: case for case in (exchange, velocities, with_lora, failure, limits, killed, on_gpus, on_gpus_failure)
+    case.__name__: case
+    for case in (exchange, rooms, velocities, with_lora, failure, limits, killed, on_gpus, on_gpus_failure)
 }
 
 

@@ -7,13 +7,14 @@ as a script. It cuts bf16 off where GPUs round, and it rounds e4m3 wrongly, so t
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -51,6 +52,14 @@ class Case:
         shape = (self.batch, length, self.heads, self.head)
         q, k, v = (torch.full(shape, 7.0, device=self.device, dtype=self.dtype) for _ in range(3))
         return (q, k, v) if form is None else (q.to(twins.CODES), k.to(twins.CODES), v)
+
+    def grouped(self, form: twins.Form) -> twins.Three:
+        """Rooms whose heads lie in groups, far from one another."""
+        groups = next(n for n in range(2, self.heads + 1) if self.heads % n == 0)
+        q, k, v = self.room(groups * self.length, form)
+        shape = (groups, self.length, self.batch, self.heads // groups, self.head)
+        places = (x.flatten()[: math.prod(shape)].view(shape).permute(2, 1, 0, 3, 4) for x in (q, k, v))
+        return cast(twins.Three, tuple(places))
 
     def same(self, got: Any, wanted: Any) -> None:
         """Equal up to float32 arithmetic, which may tip a rounding: then the last bit differs, or the code by one."""
@@ -112,6 +121,11 @@ def placed(ops: Any, case: Case, form: twins.Form) -> None:
         assert torch.equal(values, twins.split(qkv, case.heads)[2])
         for a, whole in zip(turned, rooms[1], strict=False):
             case.same(a, whole[:, 2:-1])
+        groups = case.grouped(form), case.grouped(form)
+        ops.placed(qkv, *given, groups[0])
+        twins.placed(qkv, *given, groups[1])
+        for a, b in zip(*groups, strict=True):
+            case.same(a, b)
         wide = torch.cat((qkv, qkv), dim=-1)
         mine, theirs = wide[..., : 3 * case.width], qkv.clone()
         for a, b in zip(ops.placed(mine, *given), twins.placed(theirs, *given), strict=True):

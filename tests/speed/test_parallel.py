@@ -53,9 +53,12 @@ def test_heads_divide_or_are_refused() -> None:
 
 
 def test_two_processes_compute_what_one_does(ranks: Callable[..., Found], tmp_path: Path) -> None:
-    code, found = ranks(2, "exchange", "velocities", f"with_lora={tmp_path}/style.safetensors", "limits", "failure=1")
+    code, found = ranks(
+        2, "exchange", "rooms", "velocities", f"with_lora={tmp_path}/style.safetensors", "limits", "failure=1"
+    )
     assert code == 3
     assert [one["exchange"] for one in found] == [0.0]
+    assert found[0]["rooms"] == 0.0
     assert found[0]["velocities"] < LIMIT
     *errors, difference = found[0]["with_lora"]
     assert max(errors) < LIMIT
@@ -69,9 +72,9 @@ def test_two_processes_compute_what_one_does(ranks: Callable[..., Found], tmp_pa
 
 
 def test_three_processes_with_uneven_shares(ranks: Callable[..., Found]) -> None:
-    code, found = ranks(3, "exchange", "velocities", "failure=0")
+    code, found = ranks(3, "exchange", "rooms", "velocities", "failure=0")
     assert code == 3
-    assert found[0]["exchange"] == 0.0
+    assert found[0]["exchange"] == found[0]["rooms"] == 0.0
     assert found[0]["velocities"] < LIMIT
     assert found[0]["failure"][0] == "ValueError: no more memory here"  # its own, as it is
 
@@ -102,11 +105,13 @@ def test_several_gpus_ask_for_processes_of_their_own(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "bfloat16=fa3-fp8"])
 def test_two_gpus_compute_what_one_does(ranks: Callable[..., Found], form: str) -> None:
+    if "fa3" in form:
+        pytest.importorskip("fa3_fwd_interface")
     code, found = ranks(2, "on_gpus=" + form)
     assert code == 0
-    assert found[0]["on_gpus"] < {"float32": 1e-5, "bfloat16": 3e-2}[form]
+    assert found[0]["on_gpus"] < {"float32": 1e-5, "bfloat16": 3e-2}.get(form, 2e-1)
 
 
 @pytest.mark.gpu

@@ -108,6 +108,11 @@ def test_placed_is_core_s(size: tuple[int, ...], dtype: torch.dtype, shared: boo
         assert agrees(got[:, 2 : 2 + length], one)
         assert bool((got[:, :2] == 7).all() and (got[:, 2 + length :] == 7).all())
 
+    groups = torch.full((3, heads, batch, length, 1, width), 7.0, dtype=dtype).permute(0, 2, 3, 1, 4, 5)
+    twins.placed(qkv, *scales, angle.cos(), angle.sin(), heads, out=(groups[0], groups[1], groups[2]))
+    for got, one in zip(groups, wanted, strict=True):
+        assert agrees(got.flatten(2, 3), one)
+
     inside = twins.placed(qkv, *scales, angle.cos(), angle.sin(), heads)
     for got, one in zip(inside, wanted, strict=True):
         assert agrees(got, one)

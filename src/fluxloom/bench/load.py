@@ -78,9 +78,11 @@ def run(
     cache: str = "as-is",
     repeats: int = 3,
     told: Callable[[str], object] = lambda _: None,
+    variant: str | None = None,
 ) -> Iterator[Row]:
     """A row for every load: seconds until it is ready, those of a first pass over its weights (which files that are
-    only mapped pay there), memory, and the share of the files that was in the page cache before."""
+    only mapped pay there), memory, and the share of the files that was in the page cache before. ``variant``: see
+    :func:`fluxloom.load`."""
     from fluxloom.api import load
 
     paths = files_of(model)
@@ -92,7 +94,7 @@ def run(
         told(f"load {k + 1}")
         began = time.perf_counter()
         with peak(device) as most:
-            runtime = load(model, str(device), name).pipeline.runtime
+            runtime = load(model, str(device), name, variant=variant).pipeline.runtime
             synchronise(device)
             taken = time.perf_counter() - began
             _pass(runtime)

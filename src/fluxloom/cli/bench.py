@@ -127,6 +127,7 @@ def image(
 def load(
     model: Annotated[str, typer.Argument(help="A folder, a file, or nano.")],
     cache: Annotated[str, typer.Option("--cache", help="as-is; warm: read before; cold: dropped before.")] = "as-is",
+    variant: options.Variant = None,
     device: Device = "auto",
     dtype: options.Dtype = None,
     threads: options.Threads = None,
@@ -140,7 +141,7 @@ def load(
 
     loads.prepare((), cache)  # a wrong word is found before the work
     run = _results("load", where, json, model=model, cache=cache)
-    _finish(run, loads.run(model, where, own, cache, repeats, _teller(quiet)), None, quiet)
+    _finish(run, loads.run(model, where, own, cache, repeats, _teller(quiet), variant), None, quiet)
 
 
 @app.command()

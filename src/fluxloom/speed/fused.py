@@ -145,7 +145,8 @@ class Fused:
         known = [cast(DoubleBlock, block) for block in self.transformer.double_blocks]
         rows = {"img": slice(start, None), "txt": slice(0, start)}
         room = partial(x.new_empty, (*x.shape[:2], heads, x.shape[2] // heads))
-        joint = room(dtype=self.takes), room(dtype=self.takes), room()
+        usual = room(dtype=self.takes), room(dtype=self.takes), room()
+        joint: twins.Three = self._places(x, x.shape[2]) or usual
         hidden: dict[str, Hidden] = {
             side: ops.modulated(x[:, at], *vectors.double(0, side)[:2], form=form_of(_side(known[0], side).qkv))
             for side, at in rows.items()
@@ -218,13 +219,21 @@ class Fused:
         return out
 
     def _placed(self, block: SingleBlock, qkv: Tensor, cos: Tensor, sin: Tensor) -> twins.Three:
-        """Queries and keys where they lie, unless attention takes them in another dtype."""
-        out: twins.Places | None = None
-        if self.takes is not None:
+        """Queries and keys where they lie, unless attention wants them elsewhere or in another dtype."""
+        out: twins.Places | None = self._places(qkv, qkv.shape[2] // 3)
+        if out is None and self.takes is not None:
             q, k = (torch.empty_like(x, dtype=self.takes) for x in self.ops.split(qkv, block.heads)[:2])
             out = q, k, None
         placed: twins.Three = self.ops.placed(qkv, *_scales(block.norm), cos, sin, block.heads, out)
         return placed
+
+    def _places(self, like: Tensor, width: int) -> twins.Three | None:
+        """Where attention that exchanges queries, keys and values with others wants those of the tokens of ``like``;
+        all heads are ``width`` wide."""
+        room = getattr(self.attend, "room", None)
+        heads = self.transformer.spec.num_heads
+        places = [room(like, heads, width // heads, one) for one in (self.takes, self.takes, None)] if room else [None]
+        return None if None in places else cast(twins.Three, tuple(places))
 
 
 # -------------------------------------------------------------------------------------------------------- modulations

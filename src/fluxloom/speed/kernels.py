@@ -124,12 +124,14 @@ def _gated_kernel(
 def _placed_kernel(
     qkv, q_norm, k_norm, cos, sin, q, k, v,
     qkv_batch, qkv_row, angle_batch, angle_row,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    N: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    q_batch, q_row, q_group, q_head, k_batch, k_row, k_group, k_head, v_batch, v_row, v_group, v_head,
+    N: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Some heads of a token a program, of queries and keys, and of values where there is a place for them."""
+    """Some heads of a token a program, of queries and keys, and of values where there is a place for them; GROUP heads
+    lie together."""
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     heads = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    group, inside = (heads // GROUP).to(tl.int64)[:, None], (heads % GROUP)[:, None]
     cols = tl.arange(0, BLOCK)
     mask = (cols < D)[None, :]
     pairs = tl.arange(0, BLOCK // 2)
@@ -137,12 +139,12 @@ def _placed_kernel(
     c = tl.load(cos + angles, mask=pairs < D // 2, other=0.0)[None, :]
     s = tl.load(sin + angles, mask=pairs < D // 2, other=0.0)[None, :]
     source = qkv + batch * qkv_batch + row * qkv_row + heads[:, None] * D + cols[None, :]
-    to_q = q + batch * q_batch + row * q_row + heads[:, None] * q_head + cols[None, :]
-    to_k = k + batch * k_batch + row * k_row + heads[:, None] * k_head + cols[None, :]
+    to_q = q + batch * q_batch + row * q_row + group * q_group + inside * q_head + cols[None, :]
+    to_k = k + batch * k_batch + row * k_row + group * k_group + inside * k_head + cols[None, :]
     _turned(source, q_norm, to_q, c, s, mask, cols, D, HEADS, BLOCK)
     _turned(source + N * D, k_norm, to_k, c, s, mask, cols, D, HEADS, BLOCK)
     if v is not None:
-        to_v = v + batch * v_batch + row * v_row + heads[:, None] * v_head + cols[None, :]
+        to_v = v + batch * v_batch + row * v_row + group * v_group + inside * v_head + cols[None, :]
         tl.store(to_v, tl.load(source + 2 * N * D, mask=mask), mask=mask)
 
 
@@ -292,8 +294,10 @@ def placed(
     parts = split(qkv, heads)
     batch, length, _, width = parts[0].shape
     q, k, v = parts if out is None else (whole if whole is None else whole[:, at : at + length] for whole in out)
-    shape = (batch, length, heads, width)
-    strides = [stride for one in (q, k, v) for stride in ((0, 0, 0) if one is None else _strides(one, shape))]
+    grouped = cast(Tensor, q).shape[2:-1]
+    q, k, v = (one.unflatten(2, (1, heads)) if one is not None and len(grouped) == 1 else one for one in (q, k, v))
+    shape = (batch, length, heads // grouped[-1], grouped[-1], width)
+    strides = [stride for one in (q, k, v) for stride in ((0, 0, 0, 0) if one is None else _strides(one, shape))]
     turned = _strides(cos, (cos.shape[0], length, width // 2))
     if turned != _strides(sin, tuple(cos.shape)):
         raise ValueError(f"got strides {turned} of cosines and others of sines, allowed equal ones, try contiguous()")
@@ -303,7 +307,7 @@ def placed(
         _placed_kernel[(length, batch, heads // tile)](
             qkv, _vector(q_norm, (width,)), _vector(k_norm, (width,)), cos, sin, q, k, None if out is None else v,
             *_strides(qkv, (batch, length, 3 * heads * width)), turned[0] if cos.shape[0] == batch else 0, turned[1],
-            *strides, N=heads, D=width, HEADS=tile, BLOCK=block, num_warps=_warps(2 * tile * block),
+            *strides, N=heads, D=width, GROUP=grouped[-1], HEADS=tile, BLOCK=block, num_warps=_warps(2 * tile * block),
         )  # fmt: skip
     if out is None:
         return parts

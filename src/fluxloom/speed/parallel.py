@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from fluxloom.infer.loras import Rack, ResolvedLora
 from fluxloom.infer.runtime import Runtime
 from fluxloom.speed.attention import Attend
 from fluxloom.speed.team import LOOK, Team
+from fluxloom.speed.twins import CODES
 
 _KEPT = 2  # executors, one for each set of lengths; what a captured one computes in is its own
 
@@ -75,55 +77,82 @@ class Exchange:
     drawn: Shares
     chunks: int = 1
 
+    @property
+    def takes(self) -> torch.dtype | None:
+        """Of queries and keys, where ``attend`` wants another than the values': they are exchanged in it."""
+        return getattr(self.attend, "takes", None)
+
+    def room(self, like: Tensor, heads: int, width: int, dtype: torch.dtype | None = None) -> Tensor | None:
+        """Where queries, keys or values of this rank's tokens are best written, in groups by whose the heads are: [B,
+        L, P, N / P, D], of which :meth:`begin` copies nothing. None where ranks have different numbers of tokens, or
+        heads are exchanged in parts.
+
+        In memory these are P (P - 1) + 1 slots of [L, B, N / P, D]. Every P-th is a group; about this rank's own there
+        is room for the same heads from the others, in the order of tokens:
+
+            rank 0 of 2:  group 0 | came from 1 | group 1
+            rank 1 of 2:  group 0 | came from 0 | group 1
+        """
+        ranks, length = self.team.size, self.tokens[0]
+        if self.chunks > 1 or len(set(self.tokens)) > 1:
+            return None
+        shape = (length, len(like), heads_each(heads, ranks), width)
+        slots = like.new_empty(ranks * (ranks - 1) + 1, *shape, dtype=dtype or like.dtype)
+        return slots[::ranks].permute(2, 1, 0, 3, 4)
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.begin(q, k, v)()()
 
     def begin(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Callable[[], Tensor]]:
-        """In three moves: see :func:`attention.begun`."""
+        """In three moves: see :func:`attention.begun`. Each of the tensors may be in a :meth:`room`."""
         queries = self.tokens if q.shape[1] == k.shape[1] else self.drawn
-        heads = heads_each(q.shape[2], self.team.size, self.chunks)
-        home = q.new_empty(self.team.size, self.chunks, q.shape[1], len(q), heads * q.shape[3])
+        parts = self.team.size, self.chunks
+        home = v.new_empty(*q.shape[:2], *parts, q[0, 0].numel() // (parts[0] * parts[1]))  # as heads lie
         going = [self._spread((q, k, v), (queries, self.tokens, self.tokens), chunk) for chunk in range(self.chunks)]
 
         def middle() -> Callable[[], Tensor]:
-            parts = enumerate(going)
-            coming = [self._gather(self.attend(*works.tensors()), queries, home[:, chunk]) for chunk, works in parts]
+            chunks = enumerate(going)
+            coming = [self._gather(self.attend(*works.end()), queries, home[:, :, :, i]) for i, works in chunks]
 
             def end() -> Tensor:
                 for works in coming:
-                    works.tensors()
-                return home.permute(3, 2, 0, 1, 4).flatten(2)  # [P, chunks, L_q, B, ...]: as heads lie
+                    works.end()
+                return home.flatten(2)
 
             return end
 
         return middle
 
     def _spread(self, tensors: Sequence[Tensor], lengths: Sequence[Shares], chunk: int) -> _Works:
-        """Send heads [B, L, N, D] of this rank's tokens to whose they are; [B, all L, N / P, D] are under way."""
+        """Send heads of this rank's tokens to whose they are; [B, all L, N / P, D] are under way."""
         works, rank = _Works(self.team), self.team.rank
-        heads = heads_each(tensors[0].shape[2], self.team.size, self.chunks)
         for x, parts in zip(tensors, lengths, strict=True):
-            by_rank = x.unflatten(2, (self.team.size, self.chunks, heads))[:, :, :, chunk]
-            arrived = x.new_empty(sum(parts), len(x), heads, x.shape[3])
+            lies = x.ndim == 5 and x.shape[1] == self.tokens[rank]  # a room, and all of it
+            grouped = x if x.ndim == 5 else x.unflatten(2, (self.team.size, self.chunks, -1))[:, :, :, chunk]
+            by_rank = grouped.permute(2, 1, 0, 3, 4)  # [P, L, B, N / P, D]: tokens first, so that rows are whole
+            arrived = _about(by_rank, rank) if lies else x.new_empty(sum(parts), *by_rank.shape[2:])
             for peer, rows in enumerate(_slices(parts)):
-                piece = by_rank[:, :, peer].transpose(0, 1)  # [L, B, heads, D]: tokens first, so that rows are whole
-                if peer == rank:
-                    works.keep(piece, arrived[rows])
-                else:
-                    works.swap(peer, piece.contiguous(), arrived[rows])
+                if peer != rank:
+                    works.swap(peer, by_rank[peer], arrived[rows])
+                elif not lies:
+                    works.keep(by_rank[peer], arrived[rows])
             works.results.append(arrived.transpose(0, 1))
         return works.begin()
 
     def _gather(self, attended: Tensor, queries: Shares, home: Tensor) -> _Works:
-        """Send [B, all L_q, heads D] of this rank's heads to whose tokens they are; ``home`` [P, L_q, B, heads D]."""
-        works, rank = _Works(self.team), self.team.rank
-        by_token = attended.transpose(0, 1)
+        """Send [B, all L_q, heads D] of this rank's heads to whose tokens they are; ``home`` [B, L_q, P, heads D]."""
+        works = _Works(self.team)
         for peer, rows in enumerate(_slices(queries)):
-            if peer == rank:
-                works.keep(by_token[rows], home[rank])
-            else:
-                works.swap(peer, by_token[rows].contiguous(), home[peer])
+            move = works.keep if peer == self.team.rank else partial(works.swap, peer)
+            move(attended[:, rows], home[:, :, peer])
         return works.begin()
+
+
+def _about(groups: Tensor, rank: int) -> Tensor:
+    """Of the groups [P, L, B, N / P, D] in a room, all that lies about those of this rank: [all L, B, N / P, D]."""
+    (ranks, length), steps = groups.shape[:2], groups.stride()
+    first = groups.storage_offset() + rank * (ranks - 1) * steps[0] // ranks
+    return groups.as_strided((ranks * length, *groups.shape[2:]), steps[1:], first)
 
 
 class _Works:
@@ -134,31 +163,51 @@ class _Works:
         self.results: list[Tensor] = []
         self._steps: list[dist.P2POp] = []
         self._works: list[dist.Work] = []
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._before: list[tuple[Tensor, Tensor]] = []
+        self._after: list[tuple[Tensor, Tensor]] = []
 
     def keep(self, own: Tensor, into: Tensor) -> None:
         """What stays here, copied while the others' is under way."""
-        self._kept.append((own, into))
+        self._before.append((own, into))
 
     def swap(self, peer: int, out: Tensor, into: Tensor) -> None:
-        """A contiguous tensor for another of the same kind. All ranks swap in the same order, so tags agree."""
-        for act, x in ((dist.isend, out), (dist.irecv, into)):
-            tag = sum(step.peer == peer for step in self._steps) // 2
-            self._steps.append(dist.P2POp(act, x, peer, self.team.group, tag))
+        """A tensor for another of the same kind. All ranks swap in the same order, so tags agree."""
+        came = into
+        if not into.is_contiguous():
+            came = into.new_empty(into.shape)
+            self._after.append((came, into))
+        tag = sum(step.peer == peer for step in self._steps) // 2
+        for act, x in ((dist.isend, out.contiguous()), (dist.irecv, came)):
+            plain = x.view(torch.uint8) if x.dtype == CODES else x  # not every backend knows codes
+            self._steps.append(dist.P2POp(act, plain, peer, self.team.group, tag))
 
     def begin(self) -> _Works:
         self._works = dist.batch_isend_irecv(self._steps)
-        for own, into in self._kept:
-            into.copy_(own)
-        self._kept = []
+        _copied(self._before)
         return self
 
-    def tensors(self) -> list[Tensor]:
+    def end(self) -> list[Tensor]:
         """The results, there by the time that work begun from here on needs them."""
         for work in self._works:
             work.wait()
+        _copied(self._after)
         self._steps, self._works = [], []
         return self.results
+
+
+def _copied(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Each first into its second. In words of 8 bytes, where they are made of them: of strided tensors a GPU copies so
+    many numbers a second, whatever their size."""
+    while pairs:
+        x, into = pairs.pop(0)
+        whole = all(
+            n * x.element_size() % 8 == 0
+            for one in (x, into)
+            for n in (one.storage_offset(), one.shape[-1], *one.stride()[:-1])
+        )
+        if whole and x.stride(-1) == into.stride(-1) == 1:
+            x, into = x.view(torch.int64), into.view(torch.int64)
+        into.copy_(x)
 
 
 # ---------------------------------------------------------------------------------------------------- the executor
@@ -229,13 +278,14 @@ class Spread:
                 self._broadcast(x)
             self._last = given, share
             out = self._run(img, t, share)
-            self.team.settle()
-            self.team.heard()
+            behind = _followed(t, given)
+            self.team.settle(behind)
+            self.team.heard(behind)
         except BaseException as error:  # an interrupt, too: the others are in the middle of an exchange
             cause = self._cause(error)
             del share
-            self.forget(error)
             self.team.fail(cause)
+            self.forget(error)
             if cause is error:
                 raise
             raise cause from error
@@ -245,28 +295,26 @@ class Spread:
         """On rank 0: no more pictures; the others go on after :meth:`serve`."""
         if not self.team.left:
             self.team.tell(None)
+            self.team.settle()
         self.forget()
 
     @torch.inference_mode()
     def serve(self) -> None:
         """On all other ranks: compute shares until rank 0 stops. Raises what goes wrong here or there."""
-        try:
-            while (facts := self.team.hear()) is not None:
-                img, t = self._received(facts["img"]), facts["t"]
-                if facts["given"] is not None:
-                    self._take(facts["given"])
-                assert self._last is not None
-                self._run(img, t, self._last[1])
-                self.team.settle()
-        except BaseException as error:
-            self.forget(error)
-            raise
+        while (facts := self.team.hear()) is not None:
+            img, t = self._received(facts["img"]), facts["t"]
+            if facts["given"] is not None:
+                self._take(facts["given"])
+            assert self._last is not None
+            self._run(img, t, self._last[1])
+            self.team.settle(behind=1)
+        self.team.settle()
         self.forget()
 
     # ------------------------------------------------------------------------------------------------ on every rank
 
     def forget(self, error: BaseException | None = None) -> None:
-        """Let go of executors, before the team is left: NCCL waits for ever to end what a CUDA graph still holds. Those
+        """Let go of executors: NCCL waits for ever to end what a CUDA graph still holds (see :meth:`Team.leave`). Those
         that an error came through are in its frames, too."""
         self._inners, self._last = {}, None
         traceback.clear_frames(error.__traceback__ if error else None)
@@ -373,6 +421,11 @@ def spread(runtime: Runtime, team: Team, attend: Attend, make: Callable[[Attend]
             team.leave()
 
     return found
+
+
+def _followed(t: Sequence[float], given: Given) -> int:
+    """1 where another pass is known to follow the one at ``t``, else 0: how many rank 0 need not wait for."""
+    return int(t[0] in given.times[:-1])
 
 
 def _facts(img: Tensor, t: Sequence[float], given: Given | None, rack: Recorded) -> dict[str, Any]:

@@ -12,9 +12,10 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import Any, NoReturn
 
 import torch
@@ -44,17 +45,18 @@ class Team:
     sent: int = 0  # messages of rank 0 so far, and how many of them are no longer in the store
     forgotten: int = 0
     left: bool = False
+    _begun: list[torch.cuda.Event] = field(init=False, default_factory=list)
 
     def tell(self, message: Any) -> None:
         """To all other ranks, from rank 0."""
         self.store.set(f"message {self.sent}", json.dumps(message))
         self.sent += 1
 
-    def heard(self) -> None:
-        """On rank 0, when all others have shown that they heard what they were told."""
-        for number in range(self.forgotten, self.sent):
+    def heard(self, behind: int = 0) -> None:
+        """On rank 0, when all others have shown that they heard what they were told, but for the last messages."""
+        for number in range(self.forgotten, self.sent - behind):
             self.store.delete_key(f"message {number}")
-        self.forgotten = self.sent
+        self.forgotten = max(self.forgotten, self.sent - behind)
 
     def hear(self) -> Any:
         """The next message of rank 0."""
@@ -79,16 +81,22 @@ class Team:
                     f"got a failure on GPU {rank} ({what}), allowed all GPUs to go on, try fewer GPUs or a smaller size"
                 )
 
-    def settle(self) -> None:
+    def settle(self, behind: int = 0) -> None:
         """Wait for what this rank has begun, with an eye on the others. Raises Failure where one of them failed.
+
+        behind  so many of the last calls need not be done: while the GPU computes a pass, the next is told and begun
 
         NCCL waits on the GPU for a rank that is gone, and the driver knows no timeout: hence no plain synchronise.
         """
         if self.device.type == "cuda":
             done = torch.cuda.Event()
             done.record(torch.cuda.current_stream(self.device))
+            self._begun.append(done)
             looked = time.monotonic()
-            while not done.query():
+            while len(self._begun) > behind:
+                if self._begun[0].query():
+                    del self._begun[0]
+                    continue
                 time.sleep(5e-5)
                 if time.monotonic() - looked > LOOK:
                     self.check()
@@ -96,14 +104,20 @@ class Team:
         self.check()
 
     def leave(self, in_order: bool = True) -> None:
-        """Give up the connections; out of order, in the middle of an exchange: gloo's end with the process alone."""
+        """Give up the connections; out of order, in the middle of an exchange: gloo's end with the process alone.
+
+        NCCL tells what waits on the GPU to quit, and then waits itself for CUDA graphs that hold an exchange to be let
+        go; they, where they are under way, wait for the former: hence beside whatever comes next.
+        """
         if self.left:
             return
         self.left = True
         if in_order:
             dist.destroy_process_group()
         elif self.device.type == "cuda":
-            dist.distributed_c10d._abort_process_group()
+            ending = Thread(target=dist.distributed_c10d._abort_process_group, daemon=True)
+            ending.start()
+            ending.join(LOOK)
 
 
 @contextmanager

@@ -98,7 +98,8 @@ def placed(
 
     qkv [B, L, (3 N D)], q_norm and k_norm [D], cos and sin float32 [B or 1, L, D/2]. Without ``out``, queries and keys
     are overwritten in place, and (q, k, v) are views [B, L, N, D] of qkv. With ``out``, tensors [B, L_all, N, D], they
-    are written to their rows at .. at + L, and ``out`` is returned; values without a place stay where they are.
+    are written to their rows at .. at + L, and ``out`` is returned; values without a place stay where they are. Heads
+    may have their places in groups, [B, L_all, groups, N / groups, D].
 
     Places of e4m3 get codes without a scale: a norm's outputs are of the size of its weights, about 1, and at most
     sqrt(D) times that; e4m3 is as exact from 2^-6 to 448, and what lies past it becomes 448.
@@ -110,6 +111,7 @@ def placed(
         return q.copy_(turned[0]), k.copy_(turned[1]), v
     for whole, part in zip(out, (*turned, v), strict=True):
         if whole is not None:
+            part = part.unflatten(2, whole.shape[2:-1])
             whole[:, at : at + v.shape[1]].copy_(unscaled(part) if whole.dtype == CODES else part)
     return out[0], out[1], v if out[2] is None else out[2]
 
