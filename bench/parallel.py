@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fluxloom.bench.floor import HEAT
+from fluxloom.bench.results import versions
 from fluxloom.bench.subject import Step, error, random_module
 from fluxloom.bench.timing import measure
 from fluxloom.core.specs import MODELS, ModelSpec
@@ -103,7 +104,7 @@ def main() -> None:
         about = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": "processor" if given.toy else f"{team.size} x {torch.cuda.get_device_name()}",
-            "torch": torch.__version__,
+            "versions": versions(),
             "rows": rows,
         }
         given.out.write_text(json.dumps(about, indent=1) + "\n")

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 from quality import in_turn, share, walked
 
 import fluxloom as fl
+from fluxloom.bench.results import versions
 from fluxloom.bench.step import NOISE, said
 from fluxloom.bench.ways import way
 from fluxloom.core.shapes import latent_hw
@@ -93,7 +95,8 @@ def main() -> None:
             runtimes[name] = loaded(name, given.device)
         except Exception as fault:  # what this machine cannot do is told, and the rest goes on
             skipped[name] = said(fault)
-    about: dict[str, Any] = {"model": truth.content, "recogniser": reader.content, "machine": truth.machine()}
+    about: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
+    about |= {"model": truth.content, "recogniser": reader.content, "machine": truth.machine()}
     about |= {"executors": {name: one.executor.name for name, one in runtimes.items()}, "skipped": skipped}
     told: dict[str, Any] = {}
     for what, suite, count in (("draw", "draw", given.draw), ("edit", "edits", given.edit)):

@@ -47,12 +47,17 @@ def encode(picture: Image.Image, form: str, note: str | None = None, quality: Qu
     elif form == "JPEG":
         options |= tables or {"quality": quality or _JPEG_QUALITY, "subsampling": 0}
     else:
-        options |= {"lossless": quality is None, "quality": 80 if quality is None else quality}
+        options |= {"lossless": is_lossless(form, quality), "quality": 80 if quality is None else quality}
     if form != "PNG" and note is not None:
         options["xmp"] = xmp.pack(note)
     buffer = io.BytesIO()
     picture.save(buffer, form, **options)
     return buffer.getvalue()
+
+
+def is_lossless(form: str, quality: Quality | None) -> bool:
+    """Whether an RGB picture comes back from :func:`encode` as it was."""
+    return form == "PNG" or (form == "WEBP" and quality is None)
 
 
 def tables_of(picture: Image.Image) -> Quality | None:

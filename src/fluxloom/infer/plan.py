@@ -28,11 +28,11 @@ from fluxloom.errors import BadInput
 from fluxloom.infer.weigh import Weights, picture_flops, weigh
 from fluxloom.infer.work import MACHINES, SEEN, Machine, Work, step_flops
 
-# Seen on one H200 with torch 2.11, at caps of 8 and 12 GB, and the same at both: what the driver counts over what
+# Seen on one H200 with torch 2.11, at caps of 8 to 24 GB, and the same at all: what the driver counts over what
 # PyTorch reserves (the CUDA context, and the code of cuBLAS, cuDNN, Triton and FA3), what cuBLAS takes of PyTorch's
 # memory, and how much more PyTorch reserves than lives where weights come and go: blocks of which parts stay empty.
 CONTEXT, WORKSPACES, ROUNDING = 870_000_000, 100_000_000, 1.035
-CONVOLUTIONS = 300_000_000  # workspaces of cuDNN while pictures are encoded and decoded; [E], to be measured
+CONVOLUTIONS = 300_000_000  # workspaces of cuDNN: where decoding is fullest, peaks were 2 % under and 1 % over
 HELD_BACK = 1.05  # seconds of a streamed step over the longer of computing and copying
 SPARE = 0.95  # of a cap: the part that is planned with, as predictions err
 TILE = 72  # latent cells of a tile of the autoencoder at most: two by two make 1024 x 1024

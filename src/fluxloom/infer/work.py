@@ -51,7 +51,8 @@ class Machine:
 
 # H200: bfloat16, fp8 and attention (FA3) as held under load (torch 2.11, bench/results/2026-11-22-h200-peers.json).
 # Upload together with plan.HELD_BACK, by which it is divided: 51 to 54 GB/s were seen while blocks streamed
-# (2026-11-22-h200-offload.json). [E], to be measured: float32, int8, pictures.
+# (2026-11-22-h200-offload.json). Pictures: 32 ms for a decoder of 1024 x 1024 (2026-11-22-h200-image.json). [E], to be
+# measured: float32, int8.
 # CPU: two cores of an EPYC with AVX-512 bf16, as measured on a transformer of 160 M parameters.
 MACHINES: Mapping[str, Machine] = MappingProxyType(
     {
@@ -59,7 +60,7 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
             name="one H200",
             products={"bfloat16": 746, "float32": 50, "fp8": 1424, "int8": 1000},
             attention=690,
-            pictures=300,
+            pictures=280,
             upload=55,
             overhead=1.15,
         ),

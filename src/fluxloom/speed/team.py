@@ -141,13 +141,15 @@ def join(device: torch.device) -> Team:
     """
     if dist.is_initialized():
         raise BadInput("got a second model on several GPUs, allowed one a process, try another process")
-    backend = "gloo"
+    backend, options = "gloo", None
     if device.type == "cuda":
         local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= there:
             raise BadInput(f"got a process for GPU {local}, allowed one of {there} GPUs here, try --gpus {there}")
         backend, device = "nccl", torch.device("cuda", local)
         torch.cuda.set_device(device)
+        # An exchange that is to run beside a product must get its multiprocessors first, or it waits for the product.
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     elif os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] and Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are here, whatever this machine's name resolves to
     store, rank, size = next(rendezvous("env://", timeout=_JOIN))
@@ -155,7 +157,7 @@ def join(device: torch.device) -> Team:
     if device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // size))
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, device_id=device if backend == "nccl" else None
+        backend, store=store, rank=rank, world_size=size, device_id=device if options else None, pg_options=options
     )
     assert dist.group.WORLD is not None
     return Team(rank, size, device, store, dist.group.WORLD)
