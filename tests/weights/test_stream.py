@@ -24,7 +24,7 @@ from fluxloom.weights.checkpoint import Checkpoint, open_checkpoint
 from fluxloom.weights.dialects import to_diffusers
 from fluxloom.weights.identify import Component, identify
 from fluxloom.weights.load import ASSETS, load_folder
-from fluxloom.weights.stream import load_component, load_into, state_of
+from fluxloom.weights.stream import _read_ahead, load_component, load_into, state_of
 from fluxloom.weights.text_dialects import TEXT_DIALECTS, TextDialect
 
 State = dict[str, Tensor]
@@ -119,6 +119,39 @@ def test_what_is_stored_as_wanted_is_not_copied() -> None:
     watched = Checkpoint(entries, (), {})
     load_into(module, watched, identify(watched)[0])
     assert all(parameter.data_ptr() == seen[name].data_ptr() for name, parameter in module.named_parameters())
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_only_what_goes_to_a_gpu_is_read_into_pinned_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pinned: bool
+) -> None:
+    save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}, tmp_path / "a.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "a.safetensors")
+    asked, plain = [], torch.empty
+
+    def empty(*shape: int, pin_memory: bool = False, **more: object) -> Tensor:
+        asked.append(pin_memory)
+        return plain(*shape, **more)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)  # which a machine without a GPU does not have
+    sources = [(name, [checkpoint[name]]) for name in checkpoint]
+    read = {name: next(parts) for name, parts in _read_ahead(sources, 1 << 20, pinned)}
+    assert asked == [pinned, pinned]
+    assert torch.equal(read["a"], torch.arange(6.0).view(2, 3))
+    assert checkpoint["b"].read().tolist() == [1.0] * 4
+    assert asked[2:] == [False]
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_what_is_in_the_file(tmp_path: Path) -> None:
+    model = transformer(DEV, 0)
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "a.safetensors")
+    (component,) = identify(checkpoint)
+    found = load_component(checkpoint, component, "cuda", torch.float32)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name].cpu(), tensor)
 
 
 def test_progress_counts_every_tensor() -> None:

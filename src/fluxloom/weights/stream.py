@@ -24,13 +24,13 @@ from fluxloom.core.t5 import T5Encoder
 from fluxloom.core.text import TextTower
 from fluxloom.core.transformer import Transformer
 from fluxloom.errors import WeightsError
-from fluxloom.weights.checkpoint import Checkpoint, Entry
+from fluxloom.weights.checkpoint import PINNED, Checkpoint, Entry
 from fluxloom.weights.identify import Component
 from fluxloom.weights.load import Uninitialised, first
 from fluxloom.weights.stored import INTEGER
 
 THREADS = 4  # that read and decode; one reads 2 GB/s from the page cache or decodes 0.3 billion weights a second
-THREADS_TO_GPU = 8  # that also lay what they read in pinned memory, from where it is copied as they read on
+THREADS_TO_GPU = 8  # that read into pinned memory, from where it is copied as they read on
 AHEAD = 32  # part of the module's bytes (one 32nd) that may be in flight
 _DECODED = 4  # bytes a weight: what is not stored in 16 bits is decoded to float32
 
@@ -172,7 +172,8 @@ def _read_ahead(
     todo = deque(entry for _, entries in sources for entry in entries)
     flying: deque[tuple[Future[Tensor], int]] = deque()
     used = 0
-    pool = ThreadPoolExecutor(THREADS_TO_GPU if pinned else THREADS, thread_name_prefix="fluxloom-read")
+    threads = THREADS_TO_GPU if pinned else THREADS
+    pool = ThreadPoolExecutor(threads, "fluxloom-read", initializer=PINNED.set, initargs=(pinned,))
 
     def fill() -> None:
         nonlocal used
@@ -198,7 +199,7 @@ def _read_ahead(
 
 
 def _pinned(entry: Entry) -> Tensor:
-    """Read into pinned memory, of which torch keeps what was used before: GPUs copy from there without waiting."""
+    """In pinned memory: what is stored as numbers was read into it, what was decoded is copied there."""
     return entry.read().pin_memory()
 
 
