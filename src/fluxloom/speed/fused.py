@@ -144,9 +144,10 @@ class Fused:
         ops, heads = self.ops, self.transformer.spec.num_heads
         known = [cast(DoubleBlock, block) for block in self.transformer.double_blocks]
         rows = {"img": slice(start, None), "txt": slice(0, start)}
-        room = partial(x.new_empty, (*x.shape[:2], heads, x.shape[2] // heads))
-        usual = room(dtype=self.takes), room(dtype=self.takes), room()
-        joint: twins.Three = self._places(x, x.shape[2]) or usual
+        joint = self._places(x, x.shape[2])
+        if joint is None:
+            room = partial(x.new_empty, (*x.shape[:2], heads, x.shape[2] // heads))
+            joint = room(dtype=self.takes), room(dtype=self.takes), room()
         hidden: dict[str, Hidden] = {
             side: ops.modulated(x[:, at], *vectors.double(0, side)[:2], form=form_of(_side(known[0], side).qkv))
             for side, at in rows.items()
@@ -230,10 +231,11 @@ class Fused:
     def _places(self, like: Tensor, width: int) -> twins.Three | None:
         """Where attention that exchanges queries, keys and values with others wants those of the tokens of ``like``;
         all heads are ``width`` wide."""
-        room = getattr(self.attend, "room", None)
-        heads = self.transformer.spec.num_heads
-        places = [room(like, heads, width // heads, one) for one in (self.takes, self.takes, None)] if room else [None]
-        return None if None in places else cast(twins.Three, tuple(places))
+        room, heads = getattr(self.attend, "room", None), self.transformer.spec.num_heads
+        if room is None:
+            return None
+        q, k, v = (room(like, heads, width // heads, one) for one in (self.takes, self.takes, None))
+        return None if q is None else (q, k, v)
 
 
 # -------------------------------------------------------------------------------------------------------- modulations

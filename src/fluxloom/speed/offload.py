@@ -43,11 +43,12 @@ class Packed:
             self.places.append(self.nbytes)
             self.nbytes += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
         self.home = _pages(self.nbytes)
-        self.pinned = device.type == "cuda" and _pin(self.home, device)
         self._views: dict[int, list[Tensor]] = {}
         self._at_home = self.views(self.home)
         for tensor, view in zip(self.tensors, self._at_home, strict=True):
-            view.copy_(tensor)
+            view.copy_(tensor)  # before pages are pinned: threads get them side by side here, and one by one there
+        self.pinned = device.type == "cuda" and _pin(self.home, device)
+        for tensor, view in zip(self.tensors, self._at_home, strict=True):
             tensor.data = view
 
     def views(self, buffer: Tensor) -> list[Tensor]:
