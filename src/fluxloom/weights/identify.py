@@ -185,7 +185,7 @@ _FOREIGN = (
     ("vision_model.", "a vision tower"),
     ("image_proj", "an IP-Adapter"),
     ("model.layers.0.self_attn.", "a language model"),
-    ("layers.0.weight", "a tiny autoencoder (TAEF1)"),
+    ("layers.0.weight", "a tiny autoencoder (TAEF1, for --preview-decoder)"),
 )
 
 
