@@ -83,7 +83,7 @@ def rooms(team: Team) -> float:
 
 
 def given(batch: int, text: int, seed: int, adapted: bool = False, rows: int = 7) -> tuple[Given, Tensor]:
-    """7 x 5 tokens to be drawn and a reference of 3 x 2, with what is given beside them."""
+    """``rows`` x 5 tokens to be drawn and a reference of 3 x 2, with what is given beside them."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:

@@ -47,17 +47,12 @@ def encode(picture: Image.Image, form: str, note: str | None = None, quality: Qu
     elif form == "JPEG":
         options |= tables or {"quality": quality or _JPEG_QUALITY, "subsampling": 0}
     else:
-        options |= {"lossless": is_lossless(form, quality), "quality": 80 if quality is None else quality}
+        options |= {"lossless": quality is None, "quality": 80 if quality is None else quality}
     if form != "PNG" and note is not None:
         options["xmp"] = xmp.pack(note)
     buffer = io.BytesIO()
     picture.save(buffer, form, **options)
     return buffer.getvalue()
-
-
-def is_lossless(form: str, quality: Quality | None) -> bool:
-    """Whether an RGB picture comes back from :func:`encode` as it was."""
-    return form == "PNG" or (form == "WEBP" and quality is None)
 
 
 def tables_of(picture: Image.Image) -> Quality | None:
@@ -80,7 +75,9 @@ def _tables(found: Mapping[str, Any], form: str) -> dict[str, Any]:
 
 
 def through(picture: Image.Image, form: str, quality: Quality | None = None) -> Image.Image:
-    """What comes back of a picture from a file of ``form``."""
+    """What comes back of an RGB picture from a file of ``form``: the picture itself where that is lossless."""
+    if quality is None and form != "JPEG":
+        return picture
     return Image.open(io.BytesIO(encode(picture, form, quality=quality)))
 
 

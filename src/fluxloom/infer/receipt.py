@@ -160,8 +160,7 @@ def save(
     if receipt is not None:
         if pictures.pixel_hash(picture) != receipt.pixels:
             raise ReceiptError("got a picture changed since it was drawn, allowed as drawn, try saving without receipt")
-        lossless = files.is_lossless(form, quality)
-        decoded = receipt.pixels if lossless else pictures.pixel_hash(files.through(picture, form, quality))
+        decoded = pictures.pixel_hash(files.through(picture, form, quality))
         note = _canonical({"receipt": receipt.to_dict(), "decoded": decoded, "quality": quality})
     return files.write(path, files.encode(picture, form, note, quality))
 

@@ -97,7 +97,7 @@ class Exchange:
         if self.chunks > 1 or len(set(self.tokens)) > 1:
             return None
         shape = (length, len(like), heads_each(heads, ranks), width)
-        slots = like.new_empty(ranks * (ranks - 1) + 1, *shape, dtype=dtype or like.dtype)
+        slots = like.new_empty(ranks * (ranks - 1) + 1, *shape, dtype=dtype)
         return slots[::ranks].permute(2, 1, 0, 3, 4)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -183,31 +183,32 @@ class _Works:
 
     def begin(self) -> _Works:
         self._works = dist.batch_isend_irecv(self._steps)
-        _copied(self._before)
+        for own, into in self._before:
+            _copy(own, into)
+        self._before.clear()
         return self
 
     def end(self) -> list[Tensor]:
         """The results, there by the time that work begun from here on needs them."""
         for work in self._works:
             work.wait()
-        _copied(self._after)
-        self._steps, self._works = [], []
+        for came, into in self._after:
+            _copy(came, into)
+        self._steps, self._works, self._after = [], [], []
         return self.results
 
 
-def _copied(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Each first into its second. In words of 8 bytes, where they are made of them: of strided tensors a GPU copies so
-    many numbers a second, whatever their size."""
-    while pairs:
-        x, into = pairs.pop(0)
-        whole = all(
-            n * x.element_size() % 8 == 0
-            for one in (x, into)
-            for n in (one.storage_offset(), one.shape[-1], *one.stride()[:-1])
-        )
-        if whole and x.stride(-1) == into.stride(-1) == 1:
-            x, into = x.view(torch.int64), into.view(torch.int64)
-        into.copy_(x)
+def _copy(x: Tensor, into: Tensor) -> None:
+    """In words of 8 bytes, where both are made of them: of strided tensors a GPU copies so many numbers a second,
+    whatever their size."""
+    whole = all(
+        n * x.element_size() % 8 == 0
+        for one in (x, into)
+        for n in (one.storage_offset(), one.shape[-1], *one.stride()[:-1])
+    )
+    if whole and x.stride(-1) == into.stride(-1) == 1:
+        x, into = x.view(torch.int64), into.view(torch.int64)
+    into.copy_(x)
 
 
 # ---------------------------------------------------------------------------------------------------- the executor

@@ -54,9 +54,9 @@ class Team:
 
     def heard(self, behind: int = 0) -> None:
         """On rank 0, when all others have shown that they heard what they were told, but for the last messages."""
-        for number in range(self.forgotten, self.sent - behind):
-            self.store.delete_key(f"message {number}")
-        self.forgotten = max(self.forgotten, self.sent - behind)
+        while self.forgotten < self.sent - behind:
+            self.store.delete_key(f"message {self.forgotten}")
+            self.forgotten += 1
 
     def hear(self) -> Any:
         """The next message of rank 0."""
