@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 2 bench/parallel.py --out bench/results/DATE-parallel.json
     ... bench/parallel.py --toy                                 # on processors, a toy of the same class
 
-Random weights at full size; with and without a reference, fused and captured, the exchange in one part and in two.
+Random weights at full size; with and without a reference, fused and captured, by copies between GPUs and by NCCL.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fluxloom.bench.floor import HEAT
@@ -50,7 +51,7 @@ TOY = replace(
 def compared(
     team: Team, spec: ModelSpec, model: Transformer, make: Callable[[Attend], Executor], step: Step
 ) -> Iterator[dict[str, Any]]:
-    """Rows on rank 0, by parts of the exchange; the others serve. The step is one that others follow."""
+    """Rows on rank 0, by what exchanges; the others serve. The step is one that others follow."""
     given = replace(step.given, times=(step.t[0], 0.0))
 
     def velocity(executor: Executor) -> Tensor:
@@ -59,10 +60,9 @@ def compared(
     attend = backend_for(step.img[:0], spec.transformer.head_dim)
     alone = make(attend)
     one = None if team.rank else measure(lambda: velocity(alone), team.device, heat=HEAT)
-    for chunks in (1, 2):
-        if (spec.transformer.num_heads // team.size) % chunks:
-            continue
-        spread = Spread(team, Recorded(Rack(model, spec)), attend, make, chunks)
+    group = dist.get_backend()
+    for exchange, team.near in (("direct", True), (group, False)):
+        spread = Spread(team, Recorded(Rack(model, spec)), attend, make)
         if one is None:
             spread.serve()
             continue
@@ -70,7 +70,7 @@ def compared(
         apart = error(velocity(spread), velocity(alone))
         spread.stop()
         yield {
-            "executor": spread.name, "chunks": chunks, "one_ms": one.median, **many.facts(),
+            "executor": spread.name, "exchange": exchange, "one_ms": one.median, **many.facts(),
             "speed_up": one.median / many.median, "apart": apart,
         }  # fmt: skip
 

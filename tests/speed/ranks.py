@@ -6,11 +6,13 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import cast
 
+import pytest
 import torch
 from lora_makers import MAKERS
 from pico import SPEC
@@ -22,11 +24,13 @@ from fluxloom.core.shapes import image_ids, text_ids
 from fluxloom.core.transformer import Transformer
 from fluxloom.infer.executor import Executor, Given, Plain
 from fluxloom.infer.loras import Lora, Rack, resolve_loras
+from fluxloom.speed import direct
 from fluxloom.speed.attention import BACKENDS, Attend, backend_for
+from fluxloom.speed.exchange import Exchange, shares
 from fluxloom.speed.fused import Fused
 from fluxloom.speed.graphs import Captured
 from fluxloom.speed.ops import ops_for
-from fluxloom.speed.parallel import Exchange, Recorded, Spread, shares
+from fluxloom.speed.parallel import Recorded, Spread
 from fluxloom.speed.team import Team, join, together
 from fluxloom.speed.twins import CODES
 
@@ -36,14 +40,14 @@ TWELVE = replace(DEV, hidden_size=12 * 64, num_heads=12, axes_dim=(8, 28, 28))  
 
 
 def exchange(team: Team) -> float:
-    """Attention by exchange against attention of all tokens at once: batches, chunks, uneven shares, few queries."""
+    """Attention by exchange against attention of all tokens at once: batches, uneven shares, few queries."""
     worst = 0.0
-    for batch, length, text, chunks in ((1, 8, 3, 1), (2, 11, 4, 1), (1, 13, 5, 6 // team.size), (3, 10, 4, 1)):
+    for batch, length, text in ((1, 8, 3), (2, 11, 4), (1, 13, 5), (3, 10, 4)):
         drawn = shares(length - text, team.size)
         tokens = tuple(map(sum, zip(shares(text, team.size), drawn, strict=True)))
         q, k, v = torch.randn(3, batch, length, 6, 4)
         own = slice(sum(tokens[: team.rank]), sum(tokens[: team.rank + 1]))
-        attend = Exchange(PLAIN, team, tokens, drawn, chunks)
+        attend = Exchange(PLAIN, team, tokens, drawn)
         wanted = PLAIN(q, k, v)[:, own]
         worst = max(worst, relative(attend(q[:, own], k[:, own], v[:, own]), wanted))
         last = slice(tokens[team.rank] - drawn[team.rank], None)
@@ -61,25 +65,47 @@ class _OfCodes:
 
 
 def rooms(team: Team) -> float:
-    """The same of what was written where nothing need be copied; whole, for few queries, and in e4m3."""
-    worst = 0.0
-    for batch, attend in ((1, PLAIN), (2, PLAIN), (2, _OfCodes())):
-        each = 5
-        exchange = Exchange(attend, team, (each,) * team.size, (each - 2,) * team.size)
-        tensors = list(torch.randn(3, batch, each * team.size, 6, 4))
-        tensors = [x.to(exchange.takes or x.dtype) for x in tensors[:2]] + tensors[2:]
-        wanted = attend(*tensors)
-        places = [exchange.room(x, 6, 4) for x in tensors]
+    """The same of what was written where nothing need be copied; whole, for few queries, and in e4m3; twice each, as
+    the second time the places of the first may be used again."""
+    worst, each = 0.0, 5
+    for (batch, attend), made in product(((1, PLAIN), (2, PLAIN), (2, _OfCodes())), (Exchange, direct.Direct)):
+        exchange = made(attend, team, (each,) * team.size, (each - 2,) * team.size)
         own = slice(each * team.rank, each * (team.rank + 1))
-        for x, place in zip(tensors, places, strict=True):
-            assert place is not None
-            place.copy_(x[:, own].unflatten(2, (team.size, -1)))
-        q, k, v = cast(list[Tensor], places)
-        worst = max(worst, relative(exchange(q, k, v), wanted[:, own]))
-        worst = max(worst, relative(exchange(q[:, 2:], k, v), wanted[:, own][:, 2:]))
+        for _ in range(2):
+            tensors = list(torch.randn(3, batch, each * team.size, 6, 4))
+            tensors = [x.to(exchange.takes or x.dtype) for x in tensors[:2]] + tensors[2:]
+            wanted = attend(*tensors)
+            places = exchange.room(tensors[2], 6, 4)
+            assert places is not None
+            for x, place in zip(tensors, places, strict=True):
+                place.copy_(x[:, own].unflatten(2, (team.size, -1)))
+            q, k, v = places
+            worst = max(worst, relative(exchange(q, k, v), wanted[:, own]))
+            worst = max(worst, relative(exchange(q[:, 2:], k, v), wanted[:, own][:, 2:]))
     assert Exchange(PLAIN, team, shares(5 * team.size - 1, team.size), (3,) * team.size).room(v, 6, 4) is None
-    assert Exchange(PLAIN, team, (5,) * team.size, (3,) * team.size, 6 // team.size).room(v, 6, 4) is None
     return worst
+
+
+def unseen(team: Team) -> list[object]:
+    """One rank has no place for what the others are to see: all exchange otherwise, and rank 0 says why."""
+
+    def full(nbytes: int) -> str:
+        raise OSError("no space left on the disk")
+
+    patch = pytest.MonkeyPatch()
+    if team.rank == team.size - 1:
+        patch.setattr(direct._Mapped, "offer", staticmethod(full))
+    exchange = direct.Direct(PLAIN, team, (4,) * team.size, (3,) * team.size)
+    q, k, v = torch.randn(3, 1, 4 * team.size, 6, 4)
+    own = slice(4 * team.rank, 4 * (team.rank + 1))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        places = exchange.room(v, 6, 4)
+    assert places is not None
+    for x, place in zip((q, k, v), places, strict=True):
+        place.copy_(x[:, own].unflatten(2, (team.size, -1)))
+    patch.undo()
+    return [relative(exchange(*places), PLAIN(q, k, v)[:, own]), *(str(one.message) for one in said)]
 
 
 def given(batch: int, text: int, seed: int, adapted: bool = False, rows: int = 7) -> tuple[Given, Tensor]:
@@ -103,9 +129,9 @@ def given(batch: int, text: int, seed: int, adapted: bool = False, rows: int = 7
     return known, noise(5 * rows + 6, TINY.in_channels)
 
 
-def spread_over(team: Team, model: Transformer, make: Callable[[Attend], Executor], chunks: int = 1) -> Spread:
+def spread_over(team: Team, model: Transformer, make: Callable[[Attend], Executor]) -> Spread:
     spec = replace(SPEC, transformer=model.spec)
-    return Spread(team, Recorded(Rack(model, spec)), PLAIN, make, chunks)
+    return Spread(team, Recorded(Rack(model, spec)), PLAIN, make)
 
 
 def velocities(team: Team) -> float | None:
@@ -147,14 +173,14 @@ def with_lora(team: Team, file: str) -> list[float] | None:
 
 
 def on_gpus(team: Team, form: str, name: str = "auto") -> float | None:
-    """The same on GPUs, by NCCL and whatever attention and kernels there are, for one and two parts of the heads."""
+    """The same on GPUs, with whatever attention and kernels there are; by copies where shares are even, and by NCCL."""
     dtype, home = getattr(torch, form), team.device
     model = transformer(TWELVE, 0).to(home, dtype)
     attend, worst = backend_for(torch.empty(0, device=home, dtype=dtype), TWELVE.head_dim, name), 0.0
     plain = Plain(transformer(TWELVE, 0).to(home))
-    for chunks in (1, 2):
+    for team.near in (True, False):
         rack = Recorded(Rack(model, replace(SPEC, transformer=TWELVE)))
-        spread = Spread(team, rack, attend, lambda exchange: Fused(model, exchange, ops_for(home)), chunks)
+        spread = Spread(team, rack, attend, lambda exchange: Fused(model, exchange, ops_for(home)))
         if team.rank:
             spread.serve()
             continue
@@ -213,8 +239,18 @@ def failure(team: Team, rank: str) -> list[str] | None:
     return [told(spread, img, [t], known) for t in (0.4, 0.6)]
 
 
-def on_gpus_failure(team: Team, rank: str) -> list[str] | None:
-    """The same with CUDA graphs that hold what NCCL is about to end."""
+def early_failure(team: Team, rank: str) -> list[str] | None:
+    """The same in the first pass of all, before any rank has seen another's memory."""
+    model = transformer(TINY, 0)
+    spread = spread_over(team, model, lambda attend: _Broken(Fused(model, attend), team.rank == int(rank)))
+    if team.rank:
+        return spread.serve()
+    known, img = given(1, 6, seed=1, rows=6)
+    return [told(spread, img, [0.4], known)]
+
+
+def on_gpus_failure(team: Team, rank: str, rows: str) -> list[str] | None:
+    """The same with CUDA graphs that hold what waits for others: copies where shares are even, else NCCL."""
     model = transformer(TWELVE, 0).to(team.device, torch.bfloat16)
     attend = backend_for(torch.empty(0, device=team.device, dtype=torch.bfloat16), TWELVE.head_dim)
 
@@ -224,7 +260,7 @@ def on_gpus_failure(team: Team, rank: str) -> list[str] | None:
     spread = Spread(team, Recorded(Rack(model, replace(SPEC, transformer=TWELVE))), attend, make)
     if team.rank:
         return spread.serve()
-    known, img = given(1, 8, seed=2)
+    known, img = given(1, 8, seed=2, rows=int(rows))
     asked = moved(known, team.device, torch.bfloat16)
     img = img.to(team.device, torch.bfloat16)
     spread(img, [0.6], asked)
@@ -238,7 +274,8 @@ def limits(team: Team) -> list[str] | None:
     if team.rank:
         return spread.serve()
     known, img = given(1, 1, seed=1)
-    answers = [told(spread, img, [0.5], known), told(spread_over, team, model, Plain, 2)]
+    odd = transformer(replace(TINY, hidden_size=48, num_heads=3), 0)
+    answers = [told(spread, img, [0.5], known), told(spread_over, team, odd, Plain)]
     spread.stop()
     return answers
 
@@ -252,8 +289,11 @@ def killed(team: Team) -> None:
 
 CASES = {
     case.__name__: case
-    for case in (exchange, rooms, velocities, with_lora, failure, limits, killed, on_gpus, on_gpus_failure)
-}
+    for case in (
+        exchange, rooms, unseen, velocities, with_lora, failure, early_failure, limits, killed,
+        on_gpus, on_gpus_failure,
+    )
+}  # fmt: skip
 
 
 def main(out: str, *cases: str) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from fluxloom.errors import BadInput, Failure
 from fluxloom.speed import launch
-from fluxloom.speed.parallel import heads_each, shares
+from fluxloom.speed.exchange import heads_each, shares
 from fluxloom.speed.team import team_of
 
 HERE = Path(__file__).parent
@@ -45,11 +45,8 @@ def test_tokens_are_cut_evenly(tokens: int, ranks: int, want: tuple[int, ...]) -
 
 def test_heads_divide_or_are_refused() -> None:
     assert [heads_each(24, n) for n in (2, 3, 4, 6, 8)] == [12, 8, 6, 4, 3]
-    assert heads_each(24, 2, chunks=3) == 4
     with pytest.raises(BadInput, match="got 5 GPUs for 24 heads, allowed 1, 2, 3, 4, 6, 8, 12, 24, try"):
         heads_each(24, 5)
-    with pytest.raises(BadInput, match="got 8 GPUs for 24 heads in 2 parts each, allowed 1, 2, 3, 4, 6, 12, try"):
-        heads_each(24, 8, chunks=2)
 
 
 def test_two_processes_compute_what_one_does(ranks: Callable[..., Found], tmp_path: Path) -> None:
@@ -65,7 +62,7 @@ def test_two_processes_compute_what_one_does(ranks: Callable[..., Found], tmp_pa
     assert difference > 1e-2
     tokens, heads = found[0]["limits"]
     assert tokens.startswith("BadInput: got 1 tokens of text and 35 of the picture for 2 GPUs, allowed")
-    assert heads.startswith("BadInput: got 2 GPUs for 6 heads in 2 parts each, allowed 1, 3, try")
+    assert heads.startswith("BadInput: got 2 GPUs for 3 heads, allowed 1, 3, try")
     first, later = found[0]["failure"]
     assert first.startswith("Failure: got a failure on GPU 1 (ValueError: no more memory here), allowed")
     assert later.startswith("Failure: got a picture for GPUs of which one failed before")
@@ -77,6 +74,24 @@ def test_three_processes_with_uneven_shares(ranks: Callable[..., Found]) -> None
     assert found[0]["exchange"] == found[0]["rooms"] == 0.0
     assert found[0]["velocities"] < LIMIT
     assert found[0]["failure"][0] == "ValueError: no more memory here"  # its own, as it is
+
+
+def test_ranks_that_do_not_see_each_others_memory_exchange_by_messages(ranks: Callable[..., Found]) -> None:
+    code, found = ranks(2, "unseen")
+    assert code == 0
+    first, second = (one["unseen"] for one in found)
+    assert first[0] == second[0] == 0.0
+    assert first[1:] == [
+        "got ranks that do not see each other's memory (no space left on the disk), "
+        "what they exchange goes through gloo, which is slower"
+    ]
+    assert second[1:] == []
+
+
+def test_a_failure_before_memory_is_shared_ends_all(ranks: Callable[..., Found]) -> None:
+    code, found = ranks(2, "early_failure=1")
+    assert code == 3
+    assert found[0]["early_failure"][0].startswith("Failure: got a failure on GPU 1 (ValueError: no more memory here)")
 
 
 def test_a_process_that_is_killed_ends_all(ranks: Callable[..., Found]) -> None:
@@ -116,10 +131,11 @@ def test_two_gpus_compute_what_one_does(ranks: Callable[..., Found], form: str) 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("rows", [7, 8])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_gpu_that_fails_ends_captured_passes_on_both(ranks: Callable[..., Found], rank: int) -> None:
+def test_a_gpu_that_fails_ends_captured_passes_on_both(ranks: Callable[..., Found], rank: int, rows: int) -> None:
     began = time.monotonic()
-    code, found = ranks(2, f"on_gpus_failure={rank}")
+    code, found = ranks(2, f"on_gpus_failure={rank}={rows}")
     assert code != 0
     assert time.monotonic() - began < 90  # NCCL would wait for ten minutes
     assert "no more memory here" in found[0]["on_gpus_failure"][0]

@@ -232,10 +232,8 @@ class Fused:
         """Where attention that exchanges queries, keys and values with others wants those of the tokens of ``like``;
         all heads are ``width`` wide."""
         room, heads = getattr(self.attend, "room", None), self.transformer.spec.num_heads
-        if room is None:
-            return None
-        q, k, v = (room(like, heads, width // heads, one) for one in (self.takes, self.takes, None))
-        return None if q is None else (q, k, v)
+        found: twins.Three | None = room and room(like, heads, width // heads)
+        return found
 
 
 # -------------------------------------------------------------------------------------------------------- modulations

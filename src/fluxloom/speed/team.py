@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from threading import Thread
 from typing import Any, NoReturn
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -42,9 +43,12 @@ class Team:
     device: torch.device
     store: Store
     group: dist.ProcessGroup
+    near: bool  # whether all are on one host
     sent: int = 0  # messages of rank 0 so far, and how many of them are no longer in the store
     forgotten: int = 0
+    shared: int = 0  # words of each rank
     left: bool = False
+    waiting: WeakSet[Any] = field(init=False, default_factory=WeakSet)  # what waits on the GPU for others, until end()
     _begun: list[torch.cuda.Event] = field(init=False, default_factory=list)
 
     def tell(self, message: Any) -> None:
@@ -64,6 +68,22 @@ class Team:
         self.store.wait([key], _EVER)
         self.sent += 1
         return json.loads(self.store.get(key))
+
+    def share(self, word: Any) -> list[Any]:
+        """What each rank says, in their order, once all of them did. Raises Failure where one failed instead."""
+        keys = [f"word {self.shared} of {rank}" for rank in range(self.size)]
+        self.store.set(keys[self.rank], json.dumps(word))
+        looked = time.monotonic()
+        while not self.store.check(keys):
+            time.sleep(1e-3)
+            if time.monotonic() - looked > LOOK:
+                self.check()
+                looked = time.monotonic()
+        words = [json.loads(self.store.get(key)) for key in keys]
+        if self.shared:  # all have read what was said before, or they would not have gone on
+            self.store.delete_key(f"word {self.shared - 1} of {self.rank}")
+        self.shared += 1
+        return words
 
     def fail(self, error: BaseException) -> None:
         """Let the others know that this rank cannot go on, and end what they may be waiting for."""
@@ -115,6 +135,8 @@ class Team:
         if in_order:
             dist.destroy_process_group()
         elif self.device.type == "cuda":
+            for one in self.waiting:
+                one.end()
             ending = Thread(target=dist.distributed_c10d._abort_process_group, daemon=True)
             ending.start()
             ending.join(LOOK)
@@ -141,26 +163,25 @@ def join(device: torch.device) -> Team:
     """
     if dist.is_initialized():
         raise BadInput("got a second model on several GPUs, allowed one a process, try another process")
-    backend, options = "gloo", None
+    backend = "gloo"
+    near = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     if device.type == "cuda":
         local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= there:
             raise BadInput(f"got a process for GPU {local}, allowed one of {there} GPUs here, try --gpus {there}")
         backend, device = "nccl", torch.device("cuda", local)
         torch.cuda.set_device(device)
-        # An exchange that is to run beside a product must get its multiprocessors first, or it waits for the product.
-        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    elif os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] and Path("/sys/class/net/lo").exists():
+    elif near and Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are here, whatever this machine's name resolves to
     store, rank, size = next(rendezvous("env://", timeout=_JOIN))
     store = PrefixStore("fluxloom", store)
     if device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // size))
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, device_id=device if options else None, pg_options=options
+        backend, store=store, rank=rank, world_size=size, device_id=device if backend == "nccl" else None
     )
     assert dist.group.WORLD is not None
-    return Team(rank, size, device, store, dist.group.WORLD)
+    return Team(rank, size, device, store, dist.group.WORLD, near)
 
 
 @contextmanager

@@ -1,0 +1,289 @@
+"""The exchange of heads and tokens as copies into the memory of the other ranks, beside what they compute.
+
+A kernel that exchanges, such as NCCL's, takes multiprocessors from the product beside it, or waits until it is over;
+copy engines take none. So each rank writes to where the others will read, and then a word that says so; before it
+reads itself, it looks for the others' words. Needs one host, and GPUs that see each other's memory: PyTorch's symmetric
+memory. Processes on a processor map each other's files, and do the same.
+
+Nobody asks whether there is room yet. Who sends the heads of a block has got all tokens of the block before, so that
+all have attended there and are through with the heads that they got; who sends tokens has got all heads of this block,
+which were sent by ranks that are through with the tokens of the block before.
+
+Legend as in :mod:`exchange`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import accumulate
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fluxloom.speed.exchange import Exchange, about, copy, groups, slices, slots
+from fluxloom.speed.ops import available
+from fluxloom.speed.recipe import SpeedWarning
+from fluxloom.speed.team import LOOK, Team
+from fluxloom.speed.twins import Three
+
+_ALIGNED = 256  # bytes
+_HEADS, _TOKENS = range(2)  # what words are about
+
+Shapes = Sequence[tuple[Sequence[int], torch.dtype]]
+Moves = Sequence[tuple[Tensor, Tensor]]  # from where, in one's own memory, to where in another's
+
+
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """What lies where in the memory of a rank.
+
+    words  [2, P] int32: 1 where heads, and tokens, have come from a rank and were not yet read
+    rooms  of queries, keys and values, in groups: see :meth:`Exchange.room`
+    drawn  [all drawn, B, N / P, D]: queries of the last block
+    came   [P, B L N / P D]: of this rank's tokens, what others attended for
+    """
+
+    words: Tensor
+    rooms: tuple[Tensor, Tensor, Tensor]
+    drawn: Tensor
+    came: Tensor
+
+
+@dataclass(frozen=True)
+class Direct(Exchange):
+    """An exchange for ranks of one host that have as many tokens each.
+
+    What was not written to a :meth:`room` is exchanged like any other; so is all, where memory cannot be seen.
+    """
+
+    _known: dict[tuple[object, ...], tuple[_Memory, list[_Places]] | None] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
+
+    def room(self, like: Tensor, heads: int, width: int) -> Three | None:
+        batch, dtypes = len(like), self.dtypes(like)
+        key = batch, heads // self.team.size, width, *dtypes
+        if key not in self._known:
+            q, k, v = dtypes
+            each = slots(self.tokens, batch, heads, width)
+            shapes = [
+                ((2, self.team.size), torch.int32), (each, q), (each, k), (each, v),
+                ((sum(self.drawn), *each[2:]), q), ((self.team.size, prod(each[1:])), v),
+            ]  # fmt: skip
+            memory = seen(self.team, _starts(shapes)[-1])
+            self._known[key] = None if memory is None else (memory, [self._places(one, shapes) for one in memory.of])
+        known = self._known[key]
+        return super().room(like, heads, width) if known is None else known[1][self.team.rank].rooms
+
+    def begin(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Callable[[], Tensor]]:
+        known = self._known.get((len(q), *q.shape[3:], q.dtype, k.dtype, v.dtype))
+        if known is None:
+            return super().begin(q, k, v)
+        (memory, of), rank, few = known, self.team.rank, q.shape[1] < k.shape[1]
+        tokens, queries = slices(self.tokens), slices(self.drawn if few else self.tokens)
+        if few:  # elsewhere than all, as they are to lie side by side
+            copy(_by_rank(q)[rank], of[rank].drawn[queries[rank]])
+
+        def arrived(of_rank: int) -> list[Tensor]:
+            """[all L, B, N / P, D] of queries, keys and values: where they are read by a rank."""
+            all_q, all_k, all_v = (about(_by_rank(room), of_rank) for room in of[of_rank].rooms)
+            return [of[of_rank].drawn if few else all_q, all_k, all_v]
+
+        moves = [
+            (_by_rank(x)[peer], there[rows[rank]])
+            for peer in self._others()
+            for x, there, rows in zip((q, k, v), arrived(peer), (queries, tokens, tokens), strict=True)
+        ]
+        memory.send(moves, [places.words[_HEADS] for places in of])
+
+        def middle() -> Callable[[], Tensor]:
+            memory.wait(of[rank].words[_HEADS])
+            attended = self.attend(*(x.transpose(0, 1) for x in arrived(rank)))  # [B, all L_q, heads D]
+            home = v.new_empty(*q.shape[:2], self.team.size, attended.shape[2])  # as heads lie
+
+            def came(of_rank: int, peer: int) -> Tensor:
+                shape = len(attended), queries[of_rank].stop - queries[of_rank].start, attended.shape[2]
+                return of[of_rank].came[peer, : prod(shape)].view(shape)
+
+            moves = [(attended[:, queries[peer]], came(peer, rank)) for peer in self._others()]
+            memory.send(moves, [places.words[_TOKENS] for places in of])
+            copy(attended[:, queries[rank]], home[:, :, rank])
+
+            def end() -> Tensor:
+                memory.wait(of[rank].words[_TOKENS])
+                for peer in self._others():
+                    copy(came(rank, peer), home[:, :, peer])
+                return home.flatten(2)
+
+            return end
+
+        return middle
+
+    def _others(self) -> list[int]:
+        return [peer for peer in range(self.team.size) if peer != self.team.rank]
+
+    def _places(self, flat: Tensor, shapes: Shapes) -> _Places:
+        words, q, k, v, drawn, came = _laid(flat, shapes)
+        rooms = groups(q, self.team.size), groups(k, self.team.size), groups(v, self.team.size)
+        return _Places(words, rooms, drawn, came)
+
+
+def _by_rank(x: Tensor) -> Tensor:
+    """[B, L, P, N / P, D] to [P, L, B, N / P, D], as it lies."""
+    return x.permute(2, 1, 0, 3, 4)
+
+
+def _starts(shapes: Shapes) -> list[int]:
+    """Where tensors start in bytes when they lie one after another, and where the last one ends."""
+    sizes = (prod(shape) * dtype.itemsize for shape, dtype in shapes)
+    return list(accumulate((-(-size // _ALIGNED) * _ALIGNED for size in sizes), initial=0))
+
+
+def _laid(flat: Tensor, shapes: Shapes) -> list[Tensor]:
+    return [
+        flat[start : start + prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        for start, (shape, dtype) in zip(_starts(shapes), shapes, strict=False)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- the memory
+
+
+class _Memory(Protocol):
+    """Memory of every rank, as one of them sees it: ``of`` each rank uint8 [nbytes], zeros at first."""
+
+    of: list[Tensor]
+
+    def send(self, moves: Moves, words: Sequence[Tensor]) -> None:
+        """Begin to move what is computed by now, and set one's own word in ``words`` [P] of each rank when it is
+        there. The sources are left alone until :meth:`wait`."""
+
+    def wait(self, words: Tensor) -> None:
+        """What is computed from here on finds all that was sent by others, who said so in ``words``, and what this
+        rank sent is gone. The words are taken back."""
+
+
+@torch.inference_mode(False)  # other passes write there, too
+def seen(team: Team, nbytes: int) -> _Memory | None:
+    """Memory that all ranks of a team see; a call that all of them make. None, and a warning, where one does not."""
+    form, memory, offer, why = (_Mapped if team.device.type == "cpu" else _Symmetric), None, None, ""
+    try:
+        offer = form.offer(nbytes)
+    except (OSError, RuntimeError) as error:
+        why = str(error)
+    try:
+        # Whoever failed before says so here, and ends it for all: what follows waits for all and looks for nobody.
+        offers = team.share(offer)
+        try:
+            memory = None if None in offers else form(team, nbytes, offers)
+        except (OSError, RuntimeError) as error:
+            why = str(error)
+        whys = team.share(None if memory else why)
+    finally:
+        form.taken(offer)
+    if not any(why is not None for why in whys):
+        return memory
+    if not team.rank:
+        first = next(filter(None, whys)).partition("\n")[0]
+        instead = f"what they exchange goes through {dist.get_backend()}, which is slower"
+        warnings.warn(f"got ranks that do not see each other's memory ({first}), {instead}", SpeedWarning, stacklevel=2)
+    return None
+
+
+class _Symmetric:
+    """Of GPUs: copies on a stream of their own, by copy engines."""
+
+    @staticmethod
+    def offer(nbytes: int) -> str:
+        if not available():
+            raise RuntimeError("there is no Triton to wait with")
+        return ""
+
+    @staticmethod
+    def taken(offer: str | None) -> None:
+        """Nothing is left over."""
+
+    def __init__(self, team: Team, nbytes: int, offers: Sequence[str]) -> None:
+        # Nothing here is sent to several at once, which some machines cannot set up though they say so.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        import torch.distributed._symmetric_memory as symmetric
+
+        self.rank = team.rank
+        self._own = own = symmetric.empty(nbytes, dtype=torch.uint8, device=team.device)
+        self._handle = handle = symmetric.rendezvous(own, team.group.group_name)
+        start = own.data_ptr() - handle.buffer_ptrs[team.rank]  # in an allocation that may hold others
+        self.of = [handle.get_buffer(rank, (nbytes,), torch.uint8, start) for rank in range(team.size)]
+        own.zero_()
+        self._side, self._last = torch.cuda.Stream(team.device), torch.cuda.Stream(team.device)
+        self._one = torch.ones((), dtype=torch.int32, device=team.device)
+        self._ended = torch.zeros((), dtype=torch.int32, device=team.device)
+        self._moves: Moves = ()
+        torch.cuda.synchronize(team.device)
+        team.waiting.add(self)
+
+    def send(self, moves: Moves, words: Sequence[Tensor]) -> None:
+        self._side.wait_stream(torch.cuda.current_stream(self._side.device))
+        with torch.cuda.stream(self._side):
+            for x, there in moves:
+                copy(x, there)
+            for rank, of_rank in enumerate(words):
+                if rank != self.rank:
+                    of_rank[self.rank].copy_(self._one)
+        self._moves = moves  # nobody else may get their memory yet
+
+    def wait(self, words: Tensor) -> None:
+        from fluxloom.speed.direct_kernels import take
+
+        torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+        self._moves = ()
+        take(words, self.rank, self._ended)
+
+    def end(self) -> None:
+        """Let whatever waits, here, wait no longer."""
+        with torch.cuda.stream(self._last):
+            self._ended.fill_(1)
+
+
+class _Mapped:
+    """Of processes on one processor: files that all of them map."""
+
+    @staticmethod
+    def offer(nbytes: int) -> str:
+        """The path of a file that is there on the disk, whole."""
+        with tempfile.NamedTemporaryFile(prefix="fluxloom-", delete=False) as file:
+            file.write(bytes(nbytes))
+        return file.name
+
+    @staticmethod
+    def taken(offer: str | None) -> None:
+        with suppress(OSError):  # where what is mapped cannot be removed
+            Path(offer or "").unlink()
+
+    def __init__(self, team: Team, nbytes: int, offers: Sequence[str]) -> None:
+        self.team = team
+        self.of = [torch.from_file(one, shared=True, size=nbytes, dtype=torch.uint8) for one in offers]
+
+    def send(self, moves: Moves, words: Sequence[Tensor]) -> None:
+        for x, there in moves:
+            copy(x, there)
+        for of_rank in words:
+            of_rank[self.team.rank] = 1
+
+    def wait(self, words: Tensor) -> None:
+        looked = time.monotonic()
+        while not words.all():
+            time.sleep(1e-5)
+            if time.monotonic() - looked > LOOK:
+                self.team.check()
+                looked = time.monotonic()
+        words.zero_()

@@ -1,0 +1,206 @@
+"""Tokens for heads and back: what the ranks of a team send each other about attention.
+
+Each rank has a share of the tokens with all heads, and attends for all tokens with its part of the heads
+(DeepSpeed-Ulysses: Jacobs et al. 2023, arXiv:2309.14509). Here by sends and receives, in any group of processes; see
+:mod:`direct` for copies into each other's memory.
+
+Legend: B batch, L tokens, N heads, D head dimension, P ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fluxloom.errors import BadInput
+from fluxloom.speed.attention import Attend
+from fluxloom.speed.team import Team
+from fluxloom.speed.twins import CODES, Three
+
+Shares = tuple[int, ...]  # how many tokens each rank has
+
+
+def shares(tokens: int, ranks: int) -> Shares:
+    """Tokens cut evenly, in order; the first ranks have one more where they do not divide."""
+    return tuple((tokens + ranks - 1 - rank) // ranks for rank in range(ranks))
+
+
+def slices(parts: Sequence[int]) -> list[slice]:
+    return [slice(end - part, end) for part, end in zip(parts, accumulate(parts), strict=True)]
+
+
+def heads_each(heads: int, ranks: int) -> int:
+    """How many heads a rank attends for. Raises BadInput where they do not divide."""
+    if heads % ranks:
+        allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise BadInput(f"got {ranks} GPUs for {heads} heads, allowed {allowed}, try one of them")
+    return heads // ranks
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """An ``attend`` of shares: q [B, L_q, N, D], k and v [B, L, N, D] of this rank's tokens to [B, L_q, N D] of them.
+
+    attend  of all tokens, with N / P heads
+    tokens  all that each rank has
+    drawn   of them, those that alone are queries where q is shorter than k (the last block's)
+    """
+
+    attend: Attend
+    team: Team
+    tokens: Shares
+    drawn: Shares
+
+    @property
+    def takes(self) -> torch.dtype | None:
+        """Of queries and keys, where ``attend`` wants another than the values': they are exchanged in it."""
+        return getattr(self.attend, "takes", None)
+
+    def room(self, like: Tensor, heads: int, width: int) -> Three | None:
+        """Where queries, keys and values of this rank's tokens are best written, in groups by whose the heads are: each
+        [B, L, P, N / P, D], of which :meth:`begin` copies nothing. None where ranks have different numbers of tokens.
+
+        like  [B, ..], of the device and dtype of the values
+        heads, width  N and D
+
+        In memory these are P (P - 1) + 1 slots of [L, B, N / P, D]. Every P-th is a group; about this rank's own there
+        is room for the same heads from the others, in the order of tokens:
+
+            rank 0 of 2:  group 0 | came from 1 | group 1
+            rank 1 of 2:  group 0 | came from 0 | group 1
+        """
+        if len(set(self.tokens)) > 1:
+            return None
+        shape = slots(self.tokens, len(like), heads, width)
+        q, k, v = (groups(like.new_empty(shape, dtype=dtype), len(self.tokens)) for dtype in self.dtypes(like))
+        return q, k, v
+
+    def dtypes(self, like: Tensor) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+        """Of queries, keys and values that are exchanged."""
+        takes = self.takes or like.dtype
+        return takes, takes, like.dtype
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.begin(q, k, v)()()
+
+    def begin(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Callable[[], Tensor]]:
+        """In three moves: see :func:`attention.begun`. Each of the tensors may be in a :meth:`room`."""
+        queries = self.tokens if q.shape[1] == k.shape[1] else self.drawn
+        going = self._spread((q, k, v), (queries, self.tokens, self.tokens))
+
+        def middle() -> Callable[[], Tensor]:
+            attended = self.attend(*going.end())  # [B, all L_q, N / P D]
+            home = v.new_empty(*q.shape[:2], self.team.size, attended.shape[2])  # as heads lie
+            coming = self._gather(attended, queries, home)
+
+            def end() -> Tensor:
+                coming.end()
+                return home.flatten(2)
+
+            return end
+
+        return middle
+
+    def _spread(self, tensors: Sequence[Tensor], lengths: Sequence[Shares]) -> _Works:
+        """Send heads of this rank's tokens to whose they are; [B, all L, N / P, D] are under way."""
+        works, rank = _Works(self.team), self.team.rank
+        for x, parts in zip(tensors, lengths, strict=True):
+            lies = x.ndim == 5 and x.shape[1] == self.tokens[rank]  # a room, and all of it
+            grouped = x if x.ndim == 5 else x.unflatten(2, (self.team.size, -1))
+            by_rank = grouped.permute(2, 1, 0, 3, 4)  # [P, L, B, N / P, D]: tokens first, so that rows are whole
+            arrived = about(by_rank, rank) if lies else x.new_empty(sum(parts), *by_rank.shape[2:])
+            for peer, rows in enumerate(slices(parts)):
+                if peer != rank:
+                    works.swap(peer, by_rank[peer], arrived[rows])
+                elif not lies:
+                    works.keep(by_rank[peer], arrived[rows])
+            works.results.append(arrived.transpose(0, 1))
+        return works.begin()
+
+    def _gather(self, attended: Tensor, queries: Shares, home: Tensor) -> _Works:
+        """Send [B, all L_q, heads D] of this rank's heads to whose tokens they are; ``home`` [B, L_q, P, heads D]."""
+        works = _Works(self.team)
+        for peer, rows in enumerate(slices(queries)):
+            move = works.keep if peer == self.team.rank else partial(works.swap, peer)
+            move(attended[:, rows], home[:, :, peer])
+        return works.begin()
+
+
+def slots(tokens: Shares, batch: int, heads: int, width: int) -> tuple[int, ...]:
+    """The shape of an :meth:`Exchange.room` in memory: [P (P - 1) + 1, L, B, N / P, D]."""
+    ranks = len(tokens)
+    return ranks * (ranks - 1) + 1, tokens[0], batch, heads_each(heads, ranks), width
+
+
+def groups(room: Tensor, ranks: int) -> Tensor:
+    """Of such slots, those that are written to: [B, L, P, N / P, D]."""
+    return room[::ranks].permute(2, 1, 0, 3, 4)
+
+
+def about(by_rank: Tensor, rank: int) -> Tensor:
+    """Of the groups [P, L, B, N / P, D] in a room, all that lies about those of a rank: [all L, B, N / P, D]."""
+    (ranks, length), steps = by_rank.shape[:2], by_rank.stride()
+    first = by_rank.storage_offset() + rank * (ranks - 1) * steps[0] // ranks
+    return by_rank.as_strided((ranks * length, *by_rank.shape[2:]), steps[1:], first)
+
+
+class _Works:
+    """Sends and receives that go as one: on NCCL one kernel, beside whatever the GPU does next."""
+
+    def __init__(self, team: Team) -> None:
+        self.team = team
+        self.results: list[Tensor] = []
+        self._steps: list[dist.P2POp] = []
+        self._works: list[dist.Work] = []
+        self._before: list[tuple[Tensor, Tensor]] = []
+        self._after: list[tuple[Tensor, Tensor]] = []
+
+    def keep(self, own: Tensor, into: Tensor) -> None:
+        """What stays here, copied while the others' is under way."""
+        self._before.append((own, into))
+
+    def swap(self, peer: int, out: Tensor, into: Tensor) -> None:
+        """A tensor for another of the same kind. All ranks swap in the same order, so tags agree."""
+        came = into
+        if not into.is_contiguous():
+            came = into.new_empty(into.shape)
+            self._after.append((came, into))
+        tag = sum(step.peer == peer for step in self._steps) // 2
+        for act, x in ((dist.isend, out.contiguous()), (dist.irecv, came)):
+            plain = x.view(torch.uint8) if x.dtype == CODES else x  # not every backend knows codes
+            self._steps.append(dist.P2POp(act, plain, peer, self.team.group, tag))
+
+    def begin(self) -> _Works:
+        self._works = dist.batch_isend_irecv(self._steps)
+        for own, into in self._before:
+            copy(own, into)
+        self._before.clear()
+        return self
+
+    def end(self) -> list[Tensor]:
+        """The results, there by the time that work begun from here on needs them."""
+        for work in self._works:
+            work.wait()
+        for came, into in self._after:
+            copy(came, into)
+        self._steps, self._works, self._after = [], [], []
+        return self.results
+
+
+def copy(x: Tensor, into: Tensor) -> None:
+    """In words of 8 bytes, where both are made of them: of strided tensors a GPU copies so many numbers a second,
+    whatever their size."""
+    whole = all(
+        n * x.element_size() % 8 == 0
+        for one in (x, into)
+        for n in (one.storage_offset(), one.shape[-1], *one.stride()[:-1])
+    )
+    if whole and x.stride(-1) == into.stride(-1) == 1:
+        x, into = x.view(torch.int64), into.view(torch.int64)
+    into.copy_(x)
