@@ -6,6 +6,7 @@ process group, NCCL on GPUs and gloo on processors. A rank that fails says so in
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import time
@@ -30,7 +31,7 @@ from fluxloom.speed.launch import placed
 _EVER = timedelta(days=365)  # workers wait for the next picture as long as it takes
 _JOIN = timedelta(minutes=10)  # for all processes to come up
 LOOK = 0.25  # seconds between looks at how the others are, while a GPU computes
-_GRACE = 5.0  # seconds that a failed worker leaves rank 0 to say so before the launcher ends all
+_GRACE = 5.0  # seconds that a failed worker leaves rank 0 to say so before the launcher ends all, and NCCL to end
 _FAILED = "failed"  # the key in the store
 
 
@@ -140,6 +141,7 @@ class Team:
             ending = Thread(target=dist.distributed_c10d._abort_process_group, daemon=True)
             ending.start()
             ending.join(LOOK)
+            atexit.register(ending.join, _GRACE)  # a thread that is inside NCCL as Python ends ends it with SIGABRT
 
 
 @contextmanager
