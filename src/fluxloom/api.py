@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def load(
     reference: str | os.PathLike[str] = "nano",
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str | None = None,
     *,
     variant: str | None = None,
@@ -54,7 +54,8 @@ def load(
     reference  ``nano``, which comes with the package; a member such as ``flux1-kontext-dev``; ``owner/name`` on a hub,
                with ``@revision`` and ``:file`` if need be; a folder in the official or the diffusers layout; a single
                file. Of a folder that is itself named nano, the path: ``./nano``
-    device     ``cpu``, ``cuda``, ``cuda:1`` ..., or ``auto``: a GPU where there is one
+    device     ``cpu``, ``cuda``, ``cuda:1`` ..., or ``auto``: a GPU where there is one; but a processor for nano, which
+               takes seconds there, unless ``gpus`` or ``vram`` ask for a GPU
     dtype      ``float32`` or ``bfloat16`` for the transformer and the encoders of the 12 B members; float32 on the CPU
                and bfloat16 on a GPU unless given
     variant    which member a file is, where it does not tell (dev, Krea and Kontext have the same shapes)
@@ -74,19 +75,21 @@ def load(
     Raises UnknownModel for another reference, BadInput for another device or dtype, WeightsError where files are
     missing, damaged or do not fit, and Failure where a hub cannot be reached or refuses.
     """
-    where = device_named(device)
     recipe = Recipe(executor, linears, attention)
-    precision = dtype_named(dtype or None, where)
-    name = str(precision).removeprefix("torch.")
     if not os.fspath(reference):
         raise UnknownModel(f"got an empty model reference, allowed {', '.join(MODELS)}, a folder or a file, try nano")
+    own = _own(reference)
+    light = own is not None and own[0].embedded and gpus == 1 and vram is None
+    where = device_named("cpu" if light and device == "auto" else device)
+    precision = dtype_named(dtype or None, where)
+    name = str(precision).removeprefix("torch.")
     cap = _cap(vram, where, gpus)
     whole = cap is None or cap >= _enough(name)
 
     def loaded(where: torch.device, team: Team | None = None) -> Loom:
         hub = {"revision": revision, "offline": offline, "token": token}
         place = where if whole else torch.device("cpu")
-        runtime = _runtime(reference, place, precision, variant, progress, preview_decoder, base, hub)
+        runtime = _runtime(reference, own, place, precision, variant, progress, preview_decoder, base, hub)
         plan = None if whole else fit(runtime.spec, cap, linears=linears, dtype=name)
         apply(runtime, _planned(recipe, plan), team, plan, where)
         if plan is not None:
@@ -260,6 +263,7 @@ def _planned(recipe: Recipe, plan: Plan | None) -> Recipe:
 
 def _runtime(
     reference: str | os.PathLike[str],
+    own: tuple[ModelSpec, Path] | None,
     where: torch.device,
     dtype: torch.dtype,
     variant: str | None,
@@ -268,8 +272,7 @@ def _runtime(
     base: str | os.PathLike[str] | None,
     hub: Mapping[str, Any],
 ) -> Runtime:
-    """What a reference names, loaded; ``hub``: how to ask one."""
-    own = _own(reference)
+    """What a reference names, loaded; ``own``: of :func:`_own`, ``hub``: how to ask one."""
     if own is not None:
         if base is not None:
             raise BadInput(f"got base {os.fspath(base)} for {own[0].name}, allowed for adapters, try without it")

@@ -184,12 +184,32 @@ def test_options_that_are_refused(options: dict[str, Any], message: str) -> None
         fl.load("nano", **options)
 
 
-def test_automatic_device_and_precision() -> None:
+def test_nano_stays_on_the_processor_in_float32_unless_told() -> None:
     runtime = fl.load(device="auto").pipeline.runtime
-    on_gpu = torch.cuda.is_available()
-    assert runtime.device.type == ("cuda" if on_gpu else "cpu")
-    assert runtime.dtype == (torch.bfloat16 if on_gpu else torch.float32)
+    assert (runtime.device.type, runtime.dtype) == ("cpu", torch.float32)
     assert fl.load(dtype="bfloat16").pipeline.runtime.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("reference", "options", "name"),
+    [
+        ("nano", {}, "cpu"),
+        ("nano", {"device": "cuda"}, "cuda"),
+        ("nano", {"gpus": 2}, "auto"),
+        ("nano", {"vram": "12GB"}, "auto"),
+        ("flux1-dev", {}, "auto"),
+        ("flux1-dev", {"device": "cpu"}, "cpu"),
+    ],
+)
+def test_a_gpu_is_taken_where_it_is_of_use(
+    monkeypatch: pytest.MonkeyPatch, reference: str, options: dict[str, Any], name: str
+) -> None:
+    def asked(name: str) -> torch.device:
+        raise BadInput(name)
+
+    monkeypatch.setattr("fluxloom.api.device_named", asked)
+    with pytest.raises(BadInput, match=f"^{name}$"):
+        fl.load(reference, **options)
 
 
 def test_damaged_weights_are_named(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def batch(
     true_cfg: options.TrueCfg = None,
     solver: options.Solver = None,
     lora: options.Loras = None,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     dtype: options.Dtype = None,
     threads: options.Threads = None,
     executor: options.Executor = "auto",

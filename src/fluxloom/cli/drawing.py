@@ -27,7 +27,7 @@ _SIZE = re.compile(r"(\d+)(?:[x×](\d+))?", re.IGNORECASE)
 MAX_THREADS = 1024
 
 
-def load(model: str, device: str = "cpu", threads: int | None = None, dtype: str | None = None, **more: Any) -> Loom:
+def load(model: str, device: str = "auto", threads: int | None = None, dtype: str | None = None, **more: Any) -> Loom:
     """The model, ready to draw. ``more`` are further arguments of :func:`fluxloom.api.load`."""
     # Read when torch is loaded. By default GNU OpenMP's threads spin long while they wait: on a machine that has other
     # work a picture then takes 3 to 8 times as long. Never spinning costs a third on an idle one; 2,000 turns cost

@@ -42,7 +42,7 @@ def edit(
     best_of: options.BestOf = None,
     max_drift: options.MaxDrift = None,
     lora: options.Loras = None,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     dtype: options.Dtype = None,
     threads: options.Threads = None,
     gpus: options.Gpus = 1,

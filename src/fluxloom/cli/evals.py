@@ -33,7 +33,7 @@ def world(
     ] = None,
     steps: options.Steps = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures drawn at a time: 1 is best on a CPU.")] = 1,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     dtype: options.Dtype = None,
     executor: options.Executor = "auto",
     linears: options.Linears = None,

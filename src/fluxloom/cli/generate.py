@@ -42,7 +42,7 @@ def generate(
     control_model: options.ControlModel = None,
     image: options.Images = None,
     lora: options.Loras = None,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     dtype: options.Dtype = None,
     threads: options.Threads = None,
     gpus: options.Gpus = 1,

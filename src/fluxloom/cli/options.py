@@ -89,7 +89,9 @@ Loras = Annotated[
 References = Annotated[
     list[Path] | None, _drawing("--reference", help="A further picture that the edit takes from; repeatable.")
 ]
-Device = Annotated[str, _computing("--device", help="cpu, cuda or auto.")]
+Device = Annotated[
+    str, _computing("--device", help="cpu, cuda or auto: a GPU where there is one, but a processor for nano.")
+]
 Dtype = Annotated[
     str | None, _computing("--dtype", help="float32 or bfloat16; default: float32 on a processor, bfloat16 on a GPU.")
 ]

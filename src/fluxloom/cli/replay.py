@@ -33,7 +33,7 @@ def replay(
     variant: options.Variant = None,
     base: options.Base = None,
     offline: options.Offline = False,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     dtype: options.Dtype = None,
     out: options.Out = None,
     force: options.Force = False,
