@@ -76,8 +76,6 @@ def load(
     missing, damaged or do not fit, and Failure where a hub cannot be reached or refuses.
     """
     recipe = Recipe(executor, linears, attention)
-    if not os.fspath(reference):
-        raise UnknownModel(f"got an empty model reference, allowed {', '.join(MODELS)}, a folder or a file, try nano")
     own = _own(reference)
     light = own is not None and own[0].embedded and gpus == 1 and vram is None
     where = device_named("cpu" if light and device == "auto" else device)
@@ -226,10 +224,12 @@ MAKERS: Mapping[str, Maker] = {"lock": Lock.remade, "resize": _resized}
 def _own(reference: str | os.PathLike[str]) -> tuple[ModelSpec, Path] | None:
     """The row and the folder of a model with a card: one that comes with the package, or a folder like its."""
     name = os.fspath(reference)
+    if not name:
+        raise UnknownModel(f"got an empty model reference, allowed {', '.join(MODELS)}, a folder or a file, try nano")
     folder = Path(name)
     if isinstance(reference, str) and name in MODELS and MODELS[name].embedded:  # whatever lies in the current folder
         folder = ASSETS / name
-    elif name and (folder / CARD).is_file():
+    elif (folder / CARD).is_file():
         name = read_card(folder)["model"]
     else:
         return None
