@@ -65,24 +65,25 @@ class _OfCodes:
 
 
 def rooms(team: Team) -> float:
-    """The same of what was written where nothing need be copied; whole, for few queries, and in e4m3; twice each, as
-    the second time the places of the first may be used again."""
-    worst, each = 0.0, 5
-    for (batch, attend), made in product(((1, PLAIN), (2, PLAIN), (2, _OfCodes())), (Exchange, direct.Direct)):
-        exchange = made(attend, team, (each,) * team.size, (each - 2,) * team.size)
-        own = slice(each * team.rank, each * (team.rank + 1))
+    """The same of what was written where nothing need be copied: whole, for few queries, in e4m3, and with uneven
+    shares; twice each, as the second time the places of the first may be used again."""
+    worst = 0.0
+    for (batch, attend, odd), made in product(
+        ((1, PLAIN, 0), (2, PLAIN, 0), (2, _OfCodes(), 0), (2, PLAIN, 1)), (Exchange, direct.Direct)
+    ):
+        tokens = shares(5 * team.size + odd, team.size)
+        exchange = made(attend, team, tokens, tuple(count - 2 for count in tokens))
+        own = slice(sum(tokens[: team.rank]), sum(tokens[: team.rank + 1]))
         for _ in range(2):
-            tensors = list(torch.randn(3, batch, each * team.size, 6, 4))
+            tensors = list(torch.randn(3, batch, sum(tokens), 6, 4))
             tensors = [x.to(exchange.takes or x.dtype) for x in tensors[:2]] + tensors[2:]
             wanted = attend(*tensors)
             places = exchange.room(tensors[2], 6, 4)
-            assert places is not None
             for x, place in zip(tensors, places, strict=True):
                 place.copy_(x[:, own].unflatten(2, (team.size, -1)))
             q, k, v = places
             worst = max(worst, relative(exchange(q, k, v), wanted[:, own]))
             worst = max(worst, relative(exchange(q[:, 2:], k, v), wanted[:, own][:, 2:]))
-    assert Exchange(PLAIN, team, shares(5 * team.size - 1, team.size), (3,) * team.size).room(v, 6, 4) is None
     return worst
 
 
@@ -101,7 +102,6 @@ def unseen(team: Team) -> list[object]:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         places = exchange.room(v, 6, 4)
-    assert places is not None
     for x, place in zip((q, k, v), places, strict=True):
         place.copy_(x[:, own].unflatten(2, (team.size, -1)))
     patch.undo()
@@ -173,7 +173,7 @@ def with_lora(team: Team, file: str) -> list[float] | None:
 
 
 def on_gpus(team: Team, form: str, name: str = "auto") -> float | None:
-    """The same on GPUs, with whatever attention and kernels there are; by copies where shares are even, and by NCCL."""
+    """The same on GPUs, with whatever attention and kernels there are; by copies and by NCCL."""
     dtype, home = getattr(torch, form), team.device
     model = transformer(TWELVE, 0).to(home, dtype)
     attend, worst = backend_for(torch.empty(0, device=home, dtype=dtype), TWELVE.head_dim, name), 0.0
@@ -249,8 +249,9 @@ def early_failure(team: Team, rank: str) -> list[str] | None:
     return [told(spread, img, [0.4], known)]
 
 
-def on_gpus_failure(team: Team, rank: str, rows: str) -> list[str] | None:
-    """The same with CUDA graphs that hold what waits for others: copies where shares are even, else NCCL."""
+def on_gpus_failure(team: Team, rank: str, how: str) -> list[str] | None:
+    """The same with CUDA graphs that hold what waits for others: by copies, or by NCCL."""
+    team.near = how == "direct"
     model = transformer(TWELVE, 0).to(team.device, torch.bfloat16)
     attend = backend_for(torch.empty(0, device=team.device, dtype=torch.bfloat16), TWELVE.head_dim)
 
@@ -260,7 +261,7 @@ def on_gpus_failure(team: Team, rank: str, rows: str) -> list[str] | None:
     spread = Spread(team, Recorded(Rack(model, replace(SPEC, transformer=TWELVE))), attend, make)
     if team.rank:
         return spread.serve()
-    known, img = given(1, 8, seed=2, rows=int(rows))
+    known, img = given(1, 8, seed=2)
     asked = moved(known, team.device, torch.bfloat16)
     img = img.to(team.device, torch.bfloat16)
     spread(img, [0.6], asked)

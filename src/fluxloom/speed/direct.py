@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fluxloom.speed.exchange import Exchange, about, copy, groups, slices, slots
+from fluxloom.speed.exchange import Exchange, copy, mine, rooms, slices
 from fluxloom.speed.ops import available
 from fluxloom.speed.recipe import SpeedWarning
 from fluxloom.speed.team import LOOK, Team
@@ -48,7 +48,7 @@ class _Places:
     """What lies where in the memory of a rank.
 
     words  [2, P] int32: 1 where heads, and tokens, have come from a rank and were not yet read
-    rooms  of queries, keys and values, in groups: see :meth:`Exchange.room`
+    rooms  of queries, keys and values, [P, all L, B, N / P, D]: see :func:`exchange.rooms`
     drawn  [all drawn, B, N / P, D]: queries of the last block
     came   [P, B L N / P D]: of this rank's tokens, what others attended for
     """
@@ -61,7 +61,7 @@ class _Places:
 
 @dataclass(frozen=True)
 class Direct(Exchange):
-    """An exchange for ranks of one host that have as many tokens each.
+    """An exchange for ranks of one host.
 
     What was not written to a :meth:`room` is exchanged like any other; so is all, where memory cannot be seen.
     """
@@ -70,20 +70,23 @@ class Direct(Exchange):
         init=False, repr=False, compare=False, default_factory=dict
     )
 
-    def room(self, like: Tensor, heads: int, width: int) -> Three | None:
+    def room(self, like: Tensor, heads: int, width: int) -> Three:
         batch, dtypes = len(like), self.dtypes(like)
         key = batch, heads // self.team.size, width, *dtypes
         if key not in self._known:
-            q, k, v = dtypes
-            each = slots(self.tokens, batch, heads, width)
+            each = rooms(self.tokens, batch, heads, width)
+            most = prod((max(self.tokens), *each[2:]))
             shapes = [
-                ((2, self.team.size), torch.int32), (each, q), (each, k), (each, v),
-                ((sum(self.drawn), *each[2:]), q), ((self.team.size, prod(each[1:])), v),
+                ((2, self.team.size), torch.int32), *((each, dtype) for dtype in dtypes),
+                ((sum(self.drawn), *each[2:]), dtypes[0]), ((self.team.size, most), dtypes[2]),
             ]  # fmt: skip
             memory = seen(self.team, _starts(shapes)[-1])
-            self._known[key] = None if memory is None else (memory, [self._places(one, shapes) for one in memory.of])
+            self._known[key] = None if memory is None else (memory, [_places(one, shapes) for one in memory.of])
         known = self._known[key]
-        return super().room(like, heads, width) if known is None else known[1][self.team.rank].rooms
+        if known is None:
+            return super().room(like, heads, width)
+        q, k, v = (mine(room, self.tokens, self.team.rank) for room in known[1][self.team.rank].rooms)
+        return q, k, v
 
     def begin(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Callable[[], Tensor]]:
         known = self._known.get((len(q), *q.shape[3:], q.dtype, k.dtype, v.dtype))
@@ -96,7 +99,7 @@ class Direct(Exchange):
 
         def arrived(of_rank: int) -> list[Tensor]:
             """[all L, B, N / P, D] of queries, keys and values: where they are read by a rank."""
-            all_q, all_k, all_v = (about(_by_rank(room), of_rank) for room in of[of_rank].rooms)
+            all_q, all_k, all_v = (room[of_rank] for room in of[of_rank].rooms)
             return [of[of_rank].drawn if few else all_q, all_k, all_v]
 
         moves = [
@@ -132,10 +135,10 @@ class Direct(Exchange):
     def _others(self) -> list[int]:
         return [peer for peer in range(self.team.size) if peer != self.team.rank]
 
-    def _places(self, flat: Tensor, shapes: Shapes) -> _Places:
-        words, q, k, v, drawn, came = _laid(flat, shapes)
-        rooms = groups(q, self.team.size), groups(k, self.team.size), groups(v, self.team.size)
-        return _Places(words, rooms, drawn, came)
+
+def _places(flat: Tensor, shapes: Shapes) -> _Places:
+    words, q, k, v, drawn, came = _laid(flat, shapes)
+    return _Places(words, (q, k, v), drawn, came)
 
 
 def _by_rank(x: Tensor) -> Tensor:

@@ -62,23 +62,15 @@ class Exchange:
         """Of queries and keys, where ``attend`` wants another than the values': they are exchanged in it."""
         return getattr(self.attend, "takes", None)
 
-    def room(self, like: Tensor, heads: int, width: int) -> Three | None:
+    def room(self, like: Tensor, heads: int, width: int) -> Three:
         """Where queries, keys and values of this rank's tokens are best written, in groups by whose the heads are: each
-        [B, L, P, N / P, D], of which :meth:`begin` copies nothing. None where ranks have different numbers of tokens.
+        [B, L, P, N / P, D], of which :meth:`begin` copies nothing.
 
         like  [B, ..], of the device and dtype of the values
         heads, width  N and D
-
-        In memory these are P (P - 1) + 1 slots of [L, B, N / P, D]. Every P-th is a group; about this rank's own there
-        is room for the same heads from the others, in the order of tokens:
-
-            rank 0 of 2:  group 0 | came from 1 | group 1
-            rank 1 of 2:  group 0 | came from 0 | group 1
         """
-        if len(set(self.tokens)) > 1:
-            return None
-        shape = slots(self.tokens, len(like), heads, width)
-        q, k, v = (groups(like.new_empty(shape, dtype=dtype), len(self.tokens)) for dtype in self.dtypes(like))
+        shape = rooms(self.tokens, len(like), heads, width)
+        q, k, v = (mine(like.new_empty(shape, dtype=one), self.tokens, self.team.rank) for one in self.dtypes(like))
         return q, k, v
 
     def dtypes(self, like: Tensor) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
@@ -114,7 +106,7 @@ class Exchange:
             lies = x.ndim == 5 and x.shape[1] == self.tokens[rank]  # a room, and all of it
             grouped = x if x.ndim == 5 else x.unflatten(2, (self.team.size, -1))
             by_rank = grouped.permute(2, 1, 0, 3, 4)  # [P, L, B, N / P, D]: tokens first, so that rows are whole
-            arrived = about(by_rank, rank) if lies else x.new_empty(sum(parts), *by_rank.shape[2:])
+            arrived = about(by_rank, self.tokens, rank) if lies else x.new_empty(sum(parts), *by_rank.shape[2:])
             for peer, rows in enumerate(slices(parts)):
                 if peer != rank:
                     works.swap(peer, by_rank[peer], arrived[rows])
@@ -132,22 +124,24 @@ class Exchange:
         return works.begin()
 
 
-def slots(tokens: Shares, batch: int, heads: int, width: int) -> tuple[int, ...]:
-    """The shape of an :meth:`Exchange.room` in memory: [P (P - 1) + 1, L, B, N / P, D]."""
-    ranks = len(tokens)
-    return ranks * (ranks - 1) + 1, tokens[0], batch, heads_each(heads, ranks), width
+def rooms(tokens: Shares, batch: int, heads: int, width: int) -> tuple[int, ...]:
+    """The shape of an :meth:`Exchange.room` in memory: [P, all L, B, N / P, D].
+
+    A rank writes its tokens' rows of all groups; in the group of its own heads the other rows are for what comes.
+    """
+    return len(tokens), sum(tokens), batch, heads_each(heads, len(tokens)), width
 
 
-def groups(room: Tensor, ranks: int) -> Tensor:
-    """Of such slots, those that are written to: [B, L, P, N / P, D]."""
-    return room[::ranks].permute(2, 1, 0, 3, 4)
+def mine(room: Tensor, tokens: Shares, rank: int) -> Tensor:
+    """What a rank writes of its room: [B, L, P, N / P, D]."""
+    return room[:, slices(tokens)[rank]].permute(2, 1, 0, 3, 4)
 
 
-def about(by_rank: Tensor, rank: int) -> Tensor:
-    """Of the groups [P, L, B, N / P, D] in a room, all that lies about those of a rank: [all L, B, N / P, D]."""
-    (ranks, length), steps = by_rank.shape[:2], by_rank.stride()
-    first = by_rank.storage_offset() + rank * (ranks - 1) * steps[0] // ranks
-    return by_rank.as_strided((ranks * length, *by_rank.shape[2:]), steps[1:], first)
+def about(by_rank: Tensor, tokens: Shares, rank: int) -> Tensor:
+    """The group of a rank's own heads, whole, [all L, B, N / P, D], from what it writes, [P, L, B, N / P, D]."""
+    steps = by_rank.stride()
+    first = by_rank.storage_offset() + rank * steps[0] - sum(tokens[:rank]) * steps[1]
+    return by_rank.as_strided((sum(tokens), *by_rank.shape[2:]), steps[1:], first)
 
 
 class _Works:

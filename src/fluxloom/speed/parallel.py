@@ -167,7 +167,7 @@ class Spread:
         """The executor for some lengths; what it captures holds the exchange's."""
         found = self._inners.pop((tokens, drawn), None)
         if found is None:
-            form = Direct if self.team.near and len(set(tokens)) == 1 else Exchange
+            form = Direct if self.team.near else Exchange
             found = self.make(form(self.attend, self.team, tokens, drawn))
         self._inners[tokens, drawn] = found
         while len(self._inners) > _KEPT:
