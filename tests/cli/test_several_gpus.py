@@ -37,10 +37,19 @@ def test_it_draws_and_edits_what_one_process_does(run: Run, start: Start, here: 
         assert machine["executor"].endswith(" on 2 processes")
 
 
-def test_an_error_of_all_is_told_once(start: Start, here: Path) -> None:
-    process = start("generate", "a cat", "--gpus", "4", *QUICK)
-    message = "fluxloom: error: got 4 GPUs for 6 heads, allowed 1, 2, 3, 6, try one of them\n"
-    assert process.communicate(timeout=SECONDS) == ("", message)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--gpus", "4"), "got 4 GPUs for 6 heads, allowed 1, 2, 3, 6, try one of them"),
+        (  # found by each, before they know of each other
+            ("--gpus", "2", "--vram", "8GB"),
+            "got vram '8GB' for 2 GPUs, allowed for one GPU, try device='cuda', or without it",
+        ),
+    ],
+)
+def test_an_error_of_all_is_told_once(start: Start, here: Path, words: tuple[str, ...], message: str) -> None:
+    process = start("generate", "a cat", *words, *QUICK)
+    assert process.communicate(timeout=SECONDS) == ("", f"fluxloom: error: {message}\n")
     assert process.returncode == 2
     assert list(here.iterdir()) == []
 

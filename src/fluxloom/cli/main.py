@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 
 from fluxloom.cli import interrupts
 from fluxloom.cli.output import plain
 from fluxloom.errors import FluxloomError
 from fluxloom.speed.launch import Elsewhere, rank, start
+
+_GRACE = 5.0  # seconds in which the first process, where it fails alike, says so and has the others ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             traceback.print_exc()
         line, code = _explain(error)
+        if rank():
+            time.sleep(_GRACE)
         print(plain(f"fluxloom: error: {line}"), file=sys.stderr)
     if code == interrupts.EXIT_CODE:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
