@@ -9,13 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from runs import QUICK, Run, Start
 
+from fluxloom.cli import drawing
 from fluxloom.cli.app import Commands
+from fluxloom.errors import Failure
+from fluxloom.speed.recipe import SpeedWarning
 
 LONG = ("--steps", "1000", "--size", "64", "--true-cfg", "1", "--out", "new")
 SECONDS = 60.0  # patience with a busy machine
@@ -154,3 +158,15 @@ def test_a_traceback_is_for_those_who_ask(run: Run, monkeypatch: pytest.MonkeyPa
     assert "Traceback" in run("generate", "", "--debug").err
     monkeypatch.setenv("FLUXLOOM_DEBUG", "1")
     assert "Traceback" in run("generate", "").err
+
+
+def test_what_is_done_otherwise_is_noted_in_a_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*given: object, **more: object) -> None:
+        warnings.warn("int8 was taken", SpeedWarning, stacklevel=2)
+        warnings.warn("of somebody else", UserWarning, stacklevel=2)
+        raise Failure("no further")
+
+    monkeypatch.setattr(drawing, "load", load)
+    with pytest.warns(UserWarning, match="of somebody else"):  # as Python shows it
+        shown = run("generate", "a cat").err
+    assert shown == "fluxloom: note: int8 was taken\nfluxloom: error: no further\n"

@@ -10,7 +10,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from fluxloom.cli import interrupts
 from fluxloom.cli.output import plain
@@ -30,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         interrupts.end_at_once()
     try:
-        code = _started(words, debug)
+        with warnings.catch_warnings():
+            warnings.showwarning = _noted(warnings.showwarning)
+            code = _started(words, debug)
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = interrupts.EXIT_CODE
@@ -50,6 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(interrupts.LINE, end="", file=sys.stderr)
     return code
+
+
+def _noted(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """How warnings are shown: ours in a line, without the place in the code."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if category.__module__.startswith("fluxloom."):
+            print(plain(f"fluxloom: note: {message}"), file=sys.stderr)
+        else:
+            otherwise(message, category, *place)
+
+    return show
 
 
 def _started(words: list[str], debug: bool) -> int:
