@@ -263,9 +263,14 @@ class _Mapped:
     @staticmethod
     def offer(nbytes: int) -> str:
         """The path of a file that is there on the disk, whole."""
-        with tempfile.NamedTemporaryFile(prefix="fluxloom-", delete=False) as file:
-            file.write(bytes(nbytes))
-        return file.name
+        number, path = tempfile.mkstemp(prefix="fluxloom-")
+        try:
+            with open(number, "wb") as file:
+                file.write(bytes(nbytes))
+        except OSError:
+            _Mapped.taken(path)
+            raise
+        return path
 
     @staticmethod
     def taken(offer: str | None) -> None:
