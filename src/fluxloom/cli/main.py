@@ -17,9 +17,7 @@ from typing import Any
 from fluxloom.cli import interrupts
 from fluxloom.cli.output import plain
 from fluxloom.errors import FluxloomError
-from fluxloom.speed.launch import Elsewhere, rank, start
-
-_GRACE = 5.0  # seconds in which the first process, where it fails alike, says so and has the others ended
+from fluxloom.speed.launch import GRACE, Elsewhere, rank, start
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             traceback.print_exc()
         line, code = _explain(error)
-        if rank():
-            time.sleep(_GRACE)
+        if rank():  # where the first one fails alike, it says so meanwhile
+            time.sleep(GRACE)
         print(plain(f"fluxloom: error: {line}"), file=sys.stderr)
     if code == interrupts.EXIT_CODE:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -30,13 +28,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fluxloom.speed.exchange import Exchange, copy, mine, rooms, slices
+from fluxloom.speed.exchange import Exchange, Shares, Way, by_rank, copy, mine, rooms, slices
+from fluxloom.speed.flat import starts
 from fluxloom.speed.ops import available
 from fluxloom.speed.recipe import SpeedWarning
-from fluxloom.speed.team import LOOK, Team
+from fluxloom.speed.team import Team
 from fluxloom.speed.twins import Three
 
-_ALIGNED = 256  # bytes
 _HEADS, _TOKENS = range(2)  # what words are about
 
 Shapes = Sequence[tuple[Sequence[int], torch.dtype]]
@@ -66,7 +64,7 @@ class Direct(Exchange):
     What was not written to a :meth:`room` is exchanged like any other; so is all, where memory cannot be seen.
     """
 
-    _known: dict[tuple[object, ...], tuple[_Memory, list[_Places]] | None] = field(
+    _known: dict[tuple[object, ...], _Copies | None] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
 
@@ -81,59 +79,71 @@ class Direct(Exchange):
                 ((sum(self.drawn), *each[2:]), dtypes[0]), ((self.team.size, most), dtypes[2]),
             ]  # fmt: skip
             memory = seen(self.team, _starts(shapes)[-1])
-            self._known[key] = None if memory is None else (memory, [_places(one, shapes) for one in memory.of])
+            self._known[key] = (
+                None if memory is None else _Copies(self.team.rank, memory, [_places(one, shapes) for one in memory.of])
+            )
         known = self._known[key]
         if known is None:
             return super().room(like, heads, width)
-        q, k, v = (mine(room, self.tokens, self.team.rank) for room in known[1][self.team.rank].rooms)
+        q, k, v = (mine(room, self.tokens, self.team.rank) for room in known.of[self.team.rank].rooms)
         return q, k, v
 
-    def begin(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Callable[[], Tensor]]:
-        known = self._known.get((len(q), *q.shape[3:], q.dtype, k.dtype, v.dtype))
-        if known is None:
-            return super().begin(q, k, v)
-        (memory, of), rank, few = known, self.team.rank, q.shape[1] < k.shape[1]
-        tokens, queries = slices(self.tokens), slices(self.drawn if few else self.tokens)
+    def way(self, q: Tensor, k: Tensor, v: Tensor) -> Way:
+        return self._known.get((len(q), *q.shape[3:], q.dtype, k.dtype, v.dtype)) or super().way(q, k, v)
+
+
+@dataclass(frozen=True, eq=False)
+class _Copies:
+    """A :class:`exchange.Way`: into places of the other ranks; ``of`` each rank its own."""
+
+    rank: int
+    memory: _Memory
+    of: Sequence[_Places]
+
+    def spread(self, tensors: Sequence[Tensor], lengths: Sequence[Shares]) -> Callable[[], list[Tensor]]:
+        few = tensors[0].shape[1] < tensors[1].shape[1]
+        rows = [slices(parts) for parts in lengths]
+        grouped = [by_rank(x) for x in tensors]
         if few:  # elsewhere than all, as they are to lie side by side
-            copy(_by_rank(q)[rank], of[rank].drawn[queries[rank]])
-
-        def arrived(of_rank: int) -> list[Tensor]:
-            """[all L, B, N / P, D] of queries, keys and values: where they are read by a rank."""
-            all_q, all_k, all_v = (room[of_rank] for room in of[of_rank].rooms)
-            return [of[of_rank].drawn if few else all_q, all_k, all_v]
-
+            copy(grouped[0][self.rank], self.of[self.rank].drawn[rows[0][self.rank]])
         moves = [
-            (_by_rank(x)[peer], there[rows[rank]])
+            (x[peer], there[own[self.rank]])
             for peer in self._others()
-            for x, there, rows in zip((q, k, v), arrived(peer), (queries, tokens, tokens), strict=True)
+            for x, there, own in zip(grouped, self._arrived(peer, few), rows, strict=True)
         ]
-        memory.send(moves, [places.words[_HEADS] for places in of])
+        self.memory.send(moves, [places.words[_HEADS] for places in self.of])
 
-        def middle() -> Callable[[], Tensor]:
-            memory.wait(of[rank].words[_HEADS])
-            attended = self.attend(*(x.transpose(0, 1) for x in arrived(rank)))  # [B, all L_q, heads D]
-            home = v.new_empty(*q.shape[:2], self.team.size, attended.shape[2])  # as heads lie
+        def end() -> list[Tensor]:
+            self.memory.wait(self.of[self.rank].words[_HEADS])
+            return [x.transpose(0, 1) for x in self._arrived(self.rank, few)]
 
-            def came(of_rank: int, peer: int) -> Tensor:
-                shape = len(attended), queries[of_rank].stop - queries[of_rank].start, attended.shape[2]
-                return of[of_rank].came[peer, : prod(shape)].view(shape)
+        return end
 
-            moves = [(attended[:, queries[peer]], came(peer, rank)) for peer in self._others()]
-            memory.send(moves, [places.words[_TOKENS] for places in of])
-            copy(attended[:, queries[rank]], home[:, :, rank])
+    def gather(self, attended: Tensor, queries: Shares, home: Tensor) -> Callable[[], object]:
+        rows = slices(queries)
 
-            def end() -> Tensor:
-                memory.wait(of[rank].words[_TOKENS])
-                for peer in self._others():
-                    copy(came(rank, peer), home[:, :, peer])
-                return home.flatten(2)
+        def came(of_rank: int, peer: int) -> Tensor:
+            shape = len(attended), queries[of_rank], attended.shape[2]
+            return self.of[of_rank].came[peer, : prod(shape)].view(shape)
 
-            return end
+        moves = [(attended[:, rows[peer]], came(peer, self.rank)) for peer in self._others()]
+        self.memory.send(moves, [places.words[_TOKENS] for places in self.of])
+        copy(attended[:, rows[self.rank]], home[:, :, self.rank])
 
-        return middle
+        def end() -> None:
+            self.memory.wait(self.of[self.rank].words[_TOKENS])
+            for peer in self._others():
+                copy(came(self.rank, peer), home[:, :, peer])
+
+        return end
+
+    def _arrived(self, rank: int, few: bool) -> list[Tensor]:
+        """[all L, B, N / P, D] of queries, keys and values: where they are read by a rank."""
+        q, k, v = (room[rank] for room in self.of[rank].rooms)
+        return [self.of[rank].drawn if few else q, k, v]
 
     def _others(self) -> list[int]:
-        return [peer for peer in range(self.team.size) if peer != self.team.rank]
+        return [peer for peer in range(len(self.of)) if peer != self.rank]
 
 
 def _places(flat: Tensor, shapes: Shapes) -> _Places:
@@ -141,15 +151,8 @@ def _places(flat: Tensor, shapes: Shapes) -> _Places:
     return _Places(words, (q, k, v), drawn, came)
 
 
-def _by_rank(x: Tensor) -> Tensor:
-    """[B, L, P, N / P, D] to [P, L, B, N / P, D], as it lies."""
-    return x.permute(2, 1, 0, 3, 4)
-
-
 def _starts(shapes: Shapes) -> list[int]:
-    """Where tensors start in bytes when they lie one after another, and where the last one ends."""
-    sizes = (prod(shape) * dtype.itemsize for shape, dtype in shapes)
-    return list(accumulate((-(-size // _ALIGNED) * _ALIGNED for size in sizes), initial=0))
+    return starts(prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
 def _laid(flat: Tensor, shapes: Shapes) -> list[Tensor]:
@@ -288,10 +291,5 @@ class _Mapped:
             of_rank[self.team.rank] = 1
 
     def wait(self, words: Tensor) -> None:
-        looked = time.monotonic()
-        while not words.all():
-            time.sleep(1e-5)
-            if time.monotonic() - looked > LOOK:
-                self.team.check()
-                looked = time.monotonic()
+        self.team.until(lambda: bool(words.all()), 1e-5)
         words.zero_()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -84,44 +85,68 @@ class Exchange:
     def begin(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Callable[[], Tensor]]:
         """In three moves: see :func:`attention.begun`. Each of the tensors may be in a :meth:`room`."""
         queries = self.tokens if q.shape[1] == k.shape[1] else self.drawn
-        going = self._spread((q, k, v), (queries, self.tokens, self.tokens))
+        way = self.way(q, k, v)
+        arriving = way.spread((q, k, v), (queries, self.tokens, self.tokens))
 
         def middle() -> Callable[[], Tensor]:
-            attended = self.attend(*going.end())  # [B, all L_q, N / P D]
+            attended = self.attend(*arriving())  # [B, all L_q, N / P D]
             home = v.new_empty(*q.shape[:2], self.team.size, attended.shape[2])  # as heads lie
-            coming = self._gather(attended, queries, home)
+            coming = way.gather(attended, queries, home)
 
             def end() -> Tensor:
-                coming.end()
+                coming()
                 return home.flatten(2)
 
             return end
 
         return middle
 
-    def _spread(self, tensors: Sequence[Tensor], lengths: Sequence[Shares]) -> _Works:
-        """Send heads of this rank's tokens to whose they are; [B, all L, N / P, D] are under way."""
-        works, rank = _Works(self.team), self.team.rank
+    def way(self, q: Tensor, k: Tensor, v: Tensor) -> Way:
+        """How such tensors are exchanged."""
+        return _Messages(self.team)
+
+
+class Way(Protocol):
+    """How tensors get from rank to rank. What is called begins, and gives what ends it."""
+
+    def spread(self, tensors: Sequence[Tensor], lengths: Sequence[Shares]) -> Callable[[], list[Tensor]]:
+        """Heads of this rank's tokens, each [B, L, N, D] or as in a room, to whose they are: [B, all L, N / P, D]."""
+
+    def gather(self, attended: Tensor, queries: Shares, home: Tensor) -> Callable[[], object]:
+        """[B, all L_q, heads D] of this rank's heads to whose tokens they are; ``home`` [B, L_q, P, heads D]."""
+
+
+@dataclass(frozen=True)
+class _Messages:
+    """By sends and receives."""
+
+    team: Team
+
+    def spread(self, tensors: Sequence[Tensor], lengths: Sequence[Shares]) -> Callable[[], list[Tensor]]:
+        works, rank, tokens = _Works(self.team), self.team.rank, lengths[1]
         for x, parts in zip(tensors, lengths, strict=True):
-            lies = x.ndim == 5 and x.shape[1] == self.tokens[rank]  # a room, and all of it
-            grouped = x if x.ndim == 5 else x.unflatten(2, (self.team.size, -1))
-            by_rank = grouped.permute(2, 1, 0, 3, 4)  # [P, L, B, N / P, D]: tokens first, so that rows are whole
-            arrived = about(by_rank, self.tokens, rank) if lies else x.new_empty(sum(parts), *by_rank.shape[2:])
+            lies = x.ndim == 5 and x.shape[1] == tokens[rank]  # a room, and all of it
+            grouped = by_rank(x if x.ndim == 5 else x.unflatten(2, (self.team.size, -1)))
+            arrived = about(grouped, tokens, rank) if lies else x.new_empty(sum(parts), *grouped.shape[2:])
             for peer, rows in enumerate(slices(parts)):
                 if peer != rank:
-                    works.swap(peer, by_rank[peer], arrived[rows])
+                    works.swap(peer, grouped[peer], arrived[rows])
                 elif not lies:
-                    works.keep(by_rank[peer], arrived[rows])
+                    works.keep(grouped[peer], arrived[rows])
             works.results.append(arrived.transpose(0, 1))
-        return works.begin()
+        return works.begin().end
 
-    def _gather(self, attended: Tensor, queries: Shares, home: Tensor) -> _Works:
-        """Send [B, all L_q, heads D] of this rank's heads to whose tokens they are; ``home`` [B, L_q, P, heads D]."""
+    def gather(self, attended: Tensor, queries: Shares, home: Tensor) -> Callable[[], object]:
         works = _Works(self.team)
         for peer, rows in enumerate(slices(queries)):
             move = works.keep if peer == self.team.rank else partial(works.swap, peer)
             move(attended[:, rows], home[:, :, peer])
-        return works.begin()
+        return works.begin().end
+
+
+def by_rank(x: Tensor) -> Tensor:
+    """[B, L, P, N / P, D] to [P, L, B, N / P, D], in which rows are whole; and back."""
+    return x.permute(2, 1, 0, 3, 4)
 
 
 def rooms(tokens: Shares, batch: int, heads: int, width: int) -> tuple[int, ...]:
@@ -134,14 +159,14 @@ def rooms(tokens: Shares, batch: int, heads: int, width: int) -> tuple[int, ...]
 
 def mine(room: Tensor, tokens: Shares, rank: int) -> Tensor:
     """What a rank writes of its room: [B, L, P, N / P, D]."""
-    return room[:, slices(tokens)[rank]].permute(2, 1, 0, 3, 4)
+    return by_rank(room[:, slices(tokens)[rank]])
 
 
-def about(by_rank: Tensor, tokens: Shares, rank: int) -> Tensor:
+def about(grouped: Tensor, tokens: Shares, rank: int) -> Tensor:
     """The group of a rank's own heads, whole, [all L, B, N / P, D], from what it writes, [P, L, B, N / P, D]."""
-    steps = by_rank.stride()
-    first = by_rank.storage_offset() + rank * steps[0] - sum(tokens[:rank]) * steps[1]
-    return by_rank.as_strided((sum(tokens), *by_rank.shape[2:]), steps[1:], first)
+    steps = grouped.stride()
+    first = grouped.storage_offset() + rank * steps[0] - sum(tokens[:rank]) * steps[1]
+    return grouped.as_strided((sum(tokens), *grouped.shape[2:]), steps[1:], first)
 
 
 class _Works:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from fluxloom.errors import BadInput, Failure
 
+GRACE = 5.0  # seconds that a failed process leaves the first one to say so, before the launcher ends all
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # which the engine passes on, and ends
 
 

@@ -22,12 +22,12 @@ from fluxloom.infer.executor import Executor, Given, Plain
 from fluxloom.infer.plan import CONTEXT, Plan
 from fluxloom.infer.runtime import Runtime
 from fluxloom.infer.weigh import is_modulation, streams
+from fluxloom.speed.flat import starts
 from fluxloom.speed.fused import modulation_layers
 from fluxloom.speed.tiled import Tiled
 
 _PAGE = 4096
 _THREADS = 8  # that pack weights
-_ALIGNED = 256  # bytes: what every kernel could ask of an address, and what CUDA's own allocations have
 
 
 class Packed:
@@ -37,11 +37,7 @@ class Packed:
     def __init__(self, tensors: Iterable[Tensor], device: torch.device) -> None:
         self.tensors = list(tensors)
         self.before = [tensor.device for tensor in self.tensors]
-        self.places: list[int] = []
-        self.nbytes = 0
-        for tensor in self.tensors:
-            self.places.append(self.nbytes)
-            self.nbytes += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+        *self.places, self.nbytes = starts(tensor.nbytes for tensor in self.tensors)
         self.home = _pages(self.nbytes)
         self._views: dict[int, list[Tensor]] = {}
         self._at_home = self.views(self.home)

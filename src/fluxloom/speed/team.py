@@ -11,7 +11,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -26,12 +26,11 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from fluxloom.errors import BadInput, Failure
-from fluxloom.speed.launch import placed
+from fluxloom.speed.launch import GRACE, placed
 
 _EVER = timedelta(days=365)  # workers wait for the next picture as long as it takes
 _JOIN = timedelta(minutes=10)  # for all processes to come up
-LOOK = 0.25  # seconds between looks at how the others are, while a GPU computes
-_GRACE = 5.0  # seconds that a failed worker leaves rank 0 to say so before the launcher ends all, and NCCL to end
+LOOK = 0.25  # seconds between looks at how the others are, while this rank waits
 _FAILED = "failed"  # the key in the store
 
 
@@ -74,12 +73,7 @@ class Team:
         """What each rank says, in their order, once all of them did. Raises Failure where one failed instead."""
         keys = [f"word {self.shared} of {rank}" for rank in range(self.size)]
         self.store.set(keys[self.rank], json.dumps(word))
-        looked = time.monotonic()
-        while not self.store.check(keys):
-            time.sleep(1e-3)
-            if time.monotonic() - looked > LOOK:
-                self.check()
-                looked = time.monotonic()
+        self.until(lambda: self.store.check(keys), 1e-3)
         words = [json.loads(self.store.get(key)) for key in keys]
         if self.shared:  # all have read what was said before, or they would not have gone on
             self.store.delete_key(f"word {self.shared - 1} of {self.rank}")
@@ -102,6 +96,15 @@ class Team:
                     f"got a failure on GPU {rank} ({what}), allowed all GPUs to go on, try fewer GPUs or a smaller size"
                 )
 
+    def until(self, done: Callable[[], bool], nap: float) -> None:
+        """Ask every ``nap`` seconds whether it is done, with an eye on the others. Raises Failure where one failed."""
+        looked = time.monotonic()
+        while not done():
+            time.sleep(nap)
+            if time.monotonic() - looked > LOOK:
+                self.check()
+                looked = time.monotonic()
+
     def settle(self, behind: int = 0) -> None:
         """Wait for what this rank has begun, with an eye on the others. Raises Failure where one of them failed.
 
@@ -113,15 +116,9 @@ class Team:
             done = torch.cuda.Event()
             done.record(torch.cuda.current_stream(self.device))
             self._begun.append(done)
-            looked = time.monotonic()
             while len(self._begun) > behind:
-                if self._begun[0].query():
-                    del self._begun[0]
-                    continue
-                time.sleep(5e-5)
-                if time.monotonic() - looked > LOOK:
-                    self.check()
-                    looked = time.monotonic()
+                self.until(self._begun[0].query, 5e-5)
+                del self._begun[0]
         self.check()
 
     def leave(self, in_order: bool = True) -> None:
@@ -141,7 +138,7 @@ class Team:
             ending = Thread(target=dist.distributed_c10d._abort_process_group, daemon=True)
             ending.start()
             ending.join(LOOK)
-            atexit.register(ending.join, _GRACE)  # a thread that is inside NCCL as Python ends ends it with SIGABRT
+            atexit.register(ending.join, GRACE)  # a thread that is inside NCCL as Python ends ends it with SIGABRT
 
 
 @contextmanager
@@ -208,7 +205,7 @@ def together(team: Team) -> Iterator[None]:
             _quit(0)
         if team.device.type == "cpu":
             _quit(0)
-        time.sleep(_GRACE)
+        time.sleep(GRACE)
         _quit(1)
 
 
